@@ -1,0 +1,71 @@
+# make demo [SEED=n] [DEVICE=cpu|cuda] [RUNS=dir]   train the toy reasoner from scratch and plot what it learned
+# make test                                        lint, import layers and all tests
+# make lint | venv | snapshots | clean
+# Each makes its virtual environment first where there is none. PY=/path/to/python uses an environment of yours instead.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.ONESHELL:
+
+SEED ?= 0
+DEVICE ?= cpu
+RUNS ?= runs
+PYTHON ?= python3
+
+# PyPI's Linux torch is a CUDA build; the CPU build is a tenth of its size and comes from torch's own index.
+ifeq ($(DEVICE),cuda)
+VENV ?= .venv-cuda
+TORCH_PIP_ARGS ?=
+else
+VENV ?= .venv
+TORCH_PIP_ARGS ?= --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+
+ifeq ($(origin PY),undefined)
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp
+endif
+R1MEGA := $(PY) -m r1mega.cli
+
+.PHONY: demo test lint venv snapshots clean
+.DEFAULT_GOAL := test
+
+venv: $(STAMP)
+
+$(VENV)/.stamp: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "r1mega needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	# Alone and first: only torch is looked up in its index, and the version stands in setup.cfg.
+	$(VENV)/bin/python -m pip install "$$(sed -n 's/^ *\(torch==.*\)$$/\1/p' setup.cfg)" $(TORCH_PIP_ARGS)
+	$(VENV)/bin/python -m pip install -e '.[cpu,test]'
+	touch $@
+
+# The base model is trained anew as well, so that the seed decides everything. The run before is kept once, as NAME.previous.
+demo: $(STAMP)
+	@for name in toy_base demo; do
+	    if [ -e "$(RUNS)/$$name" ]; then
+	        rm -rf "$(RUNS)/$$name.previous"
+	        mv "$(RUNS)/$$name" "$(RUNS)/$$name.previous"
+	        echo "kept the run before as $(RUNS)/$$name.previous"
+	    fi
+	done
+	$(PY) tools/make_toy.py --out "$(RUNS)/toy"
+	$(R1MEGA) train experiment=toy_base device=$(DEVICE) run.seed=$(SEED) run.dir="$(RUNS)/toy_base" \
+	    model.hf="$(RUNS)/toy/base_config" data.train="$(RUNS)/toy/sft.jsonl"
+	$(R1MEGA) train experiment=toy device=$(DEVICE) run.seed=$(SEED) run.dir="$(RUNS)/demo" \
+	    model.hf="$(RUNS)/toy_base/hf" data.train="$(RUNS)/toy/train.jsonl" data.eval="$(RUNS)/toy/eval.jsonl"
+	echo "curves, samples and summary: $(RUNS)/demo"
+
+test: lint
+	$(PY) -m pytest
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-logo
+
+# Write what every file of conf/ resolves to; review the difference before committing it.
+snapshots: $(STAMP)
+	R1MEGA_WRITE_SNAPSHOTS=1 $(PY) -m pytest -q tests/config
+
+clean:
+	rm -rf .venv .venv-cuda build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,300 @@
+"""TRL's GRPOTrainer as the other system in the GRPO step benchmark.
+
+The step is TRL's own: `GRPOTrainer.train()` runs in a thread of its own and stops between two steps until it is asked
+for the next one. It is subclassed to read the clock around its phases, and its `generate` is given one more logits
+processor, which ends row i at its appointed length. Nothing else is changed.
+
+What was chosen, and why (torch 2.13, transformers 5.23, TRL 1.16, two CPU cores; the benchmark's machine):
+
+- fp32 and no gradient checkpointing. TRL's defaults are bf16 and checkpointing, both slower here.
+- `attn_implementation="sdpa"` and, for a mixture of experts, `experts_implementation="grouped_mm"`: see `EXPERTS`.
+- `generate` with the dynamic KV cache. vLLM needs a GPU.
+- fused AdamW, no weight decay, gradient norm clipped at 1.
+- `loss_type="grpo"`, two-sided clip 0.2, one update a rollout: old log-probs are then the policy's own, so TRL skips
+  their forward, and a step is generation, the reference's forward, the policy's forward and backward, and AdamW.
+- no logging, no evaluation, no checkpoints, no progress bar, no network.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from benchmarks.workload import PHASES, StepReport, reward
+
+EXPERTS = "grouped_mm"
+STEPS_PER_EPOCH = 64
+
+
+class PhaseClock:
+    """Adds up the seconds spent in named phases."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the block towards `phase`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(phase, time.perf_counter() - begin)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Count `seconds` towards `phase`."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+class ForcedLengths(LogitsProcessor):
+    """Row i draws the end-of-sequence token as its `lengths[i]`-th token and never before.
+
+    Costs one column write a token, and one row write for each row that ends.
+    """
+
+    def __init__(self, lengths: Sequence[int], eos_token_id: int) -> None:
+        self._eos_token_id = eos_token_id
+        ending: dict[int, list[int]] = {}
+        for row, length in enumerate(lengths):
+            ending.setdefault(length, []).append(row)
+        self._ending = {length: torch.tensor(rows) for length, rows in ending.items()}
+        self._num_drawn = 0
+
+    def restart(self) -> None:
+        """Begin a new rollout."""
+        self._num_drawn = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Mask `scores` (rows, vocabulary) in place, as `generate` hands over a copy of the logits."""
+        self._num_drawn += 1
+        scores[:, self._eos_token_id] = -torch.inf
+        rows = self._ending.get(self._num_drawn)
+        if rows is not None:
+            scores[rows] = -torch.inf
+            scores[rows, self._eos_token_id] = 0.0
+        return scores
+
+
+class TimedTrainer(GRPOTrainer):
+    """GRPOTrainer with a clock around its phases and a check on the lengths of its completions."""
+
+    def __init__(self, *args: Any, clock: PhaseClock, lengths: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._clock = clock
+        self._lengths = list(lengths)
+        forced = ForcedLengths(lengths, self.processing_class.eos_token_id)
+        self.model.generate = functools.partial(self._forced_generate, self.model.generate, forced)
+        self.accelerator.backward = self._clocked("backward", self.accelerator.backward)
+
+    def _clocked(self, phase: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._clock(phase):
+                return function(*args, **kwargs)
+
+        return call
+
+    @staticmethod
+    def _forced_generate(generate: Any, forced: ForcedLengths, **kwargs: Any) -> torch.Tensor:
+        forced.restart()
+        return generate(logits_processor=LogitsProcessorList([forced]), **kwargs)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._clock("generate"):
+            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        drawn = [len(token_ids) for token_ids in completion_ids]
+        assert drawn == self._lengths, f"completions of {drawn} tokens, {self._lengths} were appointed"
+        return completion_ids, logprobs
+
+    def _get_per_token_logps_and_entropies(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if model is not self.ref_model:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        with self._clock("reference_forward"):
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The policy's forward and the loss."""
+        with self._clock("policy_forward"):
+            return super().compute_loss(*args, **kwargs)
+
+    def _clip_grad_norm(self, model: PreTrainedModel) -> Any:
+        with self._clock("optimizer"):
+            return super()._clip_grad_norm(model)
+
+
+class TakeTurns(TrainerCallback):
+    """Stops the trainer between two steps, and times AdamW and the zeroing of the gradients."""
+
+    def __init__(self, clock: PhaseClock, ready: queue.SimpleQueue, go_on: queue.SimpleQueue) -> None:
+        self._clock = clock
+        self._ready = ready
+        self._go_on = go_on
+        self._optimizer_began = 0.0
+
+    def _wait(self, control: TrainerControl) -> None:
+        self._ready.put(None)
+        control.should_training_stop = not self._go_on.get()
+
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Everything is built; wait for the first step to be asked for."""
+        self._wait(control)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Gradients are clipped; AdamW comes next."""
+        self._optimizer_began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """The gradients are zeroed; hand over, and wait for the next step to be asked for."""
+        self._clock.add("optimizer", time.perf_counter() - self._optimizer_began)
+        self._wait(control)
+
+
+def even_share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """The workload's reward in the form in which GRPOTrainer calls a reward function."""
+    return [reward(token_ids) for token_ids in completion_ids]
+
+
+class TrlPeer:
+    """TRL's GRPOTrainer on one CPU process, one step at a time.
+
+    `lengths` has one entry per completion, prompt by prompt, and its length is a multiple of that of `prompts`.
+    `micro_batch_rows` sequences pass through the model at once in the log-prob forwards and the backward; generation
+    takes all at once. The default, None, is what was fastest (see `BEST_MICRO_BATCH_ROWS`). `overrides` replace
+    arguments of GRPOConfig; `model_kwargs` replace those of `from_pretrained`.
+    """
+
+    name = "trl"
+
+    def __init__(
+        self,
+        model_dir: Path,
+        prompts: Sequence[str],
+        lengths: Sequence[int],
+        kl: float = 0.001,
+        threads: int = 2,
+        seed: int = 0,
+        micro_batch_rows: int | None = None,
+        overrides: dict[str, Any] | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        num_rows = len(lengths)
+        if num_rows % len(prompts) or num_rows == len(prompts):
+            raise ValueError(
+                f"lengths: got {num_rows} for {len(prompts)} prompts, GRPO needs the same number, 2 or more, for each"
+            )
+        micro_batch_rows = micro_batch_rows or num_rows
+        if num_rows % micro_batch_rows:
+            raise ValueError(f"micro_batch_rows: got {micro_batch_rows}, must divide the {num_rows} rows of a step")
+        self._threads = threads
+        self._num_tokens = sum(lengths)
+        self._clock = PhaseClock()
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        self._go_on: queue.SimpleQueue = queue.SimpleQueue()
+        self._folder = tempfile.TemporaryDirectory(prefix="trl-peer-")
+        arguments = {
+            "output_dir": self._folder.name,
+            "per_device_train_batch_size": micro_batch_rows,
+            "gradient_accumulation_steps": num_rows // micro_batch_rows,
+            "num_generations": num_rows // len(prompts),
+            "max_completion_length": max(lengths),
+            "beta": kl,
+            "seed": seed,
+            "model_init_kwargs": {"dtype": "float32", "attn_implementation": "sdpa", **(model_kwargs or {})},
+            **FIXED_ARGUMENTS,
+            **(overrides or {}),
+        }
+        self._trainer = TimedTrainer(
+            model=str(model_dir),
+            processing_class=AutoTokenizer.from_pretrained(model_dir),
+            args=GRPOConfig(**arguments),
+            train_dataset=Dataset.from_dict({"prompt": list(prompts) * STEPS_PER_EPOCH}),
+            reward_funcs=even_share,
+            callbacks=[TakeTurns(self._clock, self._ready, self._go_on)],
+            clock=self._clock,
+            lengths=lengths,
+        )
+        self._trainer.remove_callback(PrinterCallback)
+        self._thread = threading.Thread(target=self._train, name="trl-peer", daemon=True)
+        self._thread.start()
+        self._wait()
+
+    def _train(self) -> None:
+        try:
+            # The number of OpenMP threads belongs to the thread that asks for them.
+            torch.set_num_threads(self._threads)
+            self._trainer.train()
+        except BaseException as error:  # handed over whole: step() raises it where it can be seen
+            self._ready.put(error)
+            return
+        self._ready.put(RuntimeError("the trainer has stopped, no step can be taken any more"))
+
+    def _wait(self) -> None:
+        failure = self._ready.get()
+        if failure is not None:
+            raise RuntimeError("GRPOTrainer has stopped") from failure
+
+    def step(self) -> StepReport:
+        """One GRPO step. Raises RuntimeError, caused by TRL's own error, when the trainer has failed."""
+        self._clock.seconds.clear()
+        begin = time.perf_counter()
+        self._go_on.put(True)
+        self._wait()
+        seconds = time.perf_counter() - begin
+        phases = {phase: self._clock.seconds.get(phase, 0.0) for phase in PHASES}
+        phases["other"] = seconds - sum(phases.values())
+        return StepReport(seconds=seconds, completion_tokens=self._num_tokens, phases=phases)
+
+    def close(self) -> None:
+        """End the training thread and remove the trainer's folder."""
+        if self._thread.is_alive():
+            self._go_on.put(False)
+            self._thread.join()
+        self._folder.cleanup()
+
+
+FIXED_ARGUMENTS: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "shuffle_dataset": False,
+    "temperature": 1.0,
+    "epsilon": 0.2,
+    "loss_type": "grpo",
+    "scale_rewards": "group",
+    "use_bias_correction_kl": False,
+    "num_iterations": 1,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "optim": "adamw_torch_fused",
+    "max_steps": 1_000_000,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}

@@ -1,0 +1,147 @@
+"""The command line, and the only file that imports hydra: it composes here, all other processes read the result."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a fault in what was asked, else what the run ended with."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"r1mega: unknown command {command!r}; the commands are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return USAGE_ERROR
+    try:
+        return COMMANDS[command](rest)
+    except KeyboardInterrupt:
+        return 130
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train a model as configured: supervised fine-tuning or pure RL."""
+    if "-h" in arguments or "--help" in arguments:
+        print(_train_help())
+        return 0
+    import hydra
+
+    from r1mega.config.registry import conf_dir
+
+    register_schema()
+    codes: list[int] = []
+
+    def job(composed: DictConfig) -> None:
+        code = _run_job(composed)
+        codes.append(code)
+        if code >= 128:  # ended by a signal: the jobs of a sweep that have not begun shall not begin
+            raise SystemExit(code)
+
+    sys.argv = ["r1mega train", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+    except SystemExit as end:
+        if codes:
+            return codes[-1]
+        return _composition_failed(arguments) if end.code else 0
+    return next((code for code in codes if code), 0)
+
+
+def register_schema() -> None:
+    """Make the dataclasses known to Hydra as `schema`, which conf/config.yaml starts from."""
+    from hydra.core.config_store import ConfigStore
+
+    from r1mega.config.schema import Config
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def _run_job(composed: DictConfig) -> int:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    from r1mega.config.faults import ConfigError
+    from r1mega.config.io import typed
+
+    hydra_config = HydraConfig.get()
+    chosen = any(override.startswith("run.dir=") for override in hydra_config.overrides.task)
+    if hydra_config.mode is RunMode.MULTIRUN and not chosen:
+        # The jobs of a sweep live side by side in the sweep's directory.
+        composed = OmegaConf.merge(composed, {"run": {"dir": hydra_config.runtime.output_dir}})
+    local = importlib.import_module("r1mega.launch.local")
+    try:
+        return local.run(typed(composed))
+    except ConfigError as error:
+        print(f"r1mega: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _composition_failed(arguments: Sequence[str]) -> int:
+    """Hydra has said what is wrong; add the nearest names that would have been right."""
+    from r1mega.config.registry import suggestions
+
+    for argument in arguments:
+        near = [] if argument.startswith("-") else suggestions(argument)
+        if near:
+            print(f"r1mega: {argument.partition('=')[0]}: did you mean {' or '.join(near)}?", file=sys.stderr)
+    print("r1mega: `r1mega train --help` lists every group, option and field", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: r1mega COMMAND [...]",
+            "",
+            "Pure-RL reasoning training, the DeepSeek-R1 way, on Megatron-Core.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`r1mega COMMAND --help` says more.",
+        ]
+    )
+
+
+def _train_help() -> str:
+    from r1mega.config.registry import fields, options
+
+    head = """\
+        usage: r1mega train [GROUP=OPTION ...] [SECTION.FIELD=VALUE ...] [HYDRA FLAGS]
+
+        Checks everything first, then starts the training processes. For example:
+          r1mega train experiment=toy run.dir=runs/mine
+          r1mega train experiment=r1_zero_gsm8k model.hf=DIR data.train=FILE.jsonl
+          r1mega train experiment=toy --cfg job                     show the composed configuration, run nothing
+          r1mega train experiment=toy run.seed=0,1,2 --multirun     one run after the other
+        `r1mega train --hydra-help` lists Hydra's flags.
+
+        groups:"""
+    lines = [textwrap.dedent(head)]
+    for group, names in options().items():
+        lines += [f"  {group}", *(f"    {f'{group}={name}':<28} {about}".rstrip() for name, about in names.items())]
+    lines.append("\nfields (default in brackets, [-] where the chosen option or you must give it):")
+    for entry in fields():
+        lines.append(f"  {entry.path}  {entry.type}  [{'-' if entry.default is None else entry.default}]")
+        lines += textwrap.wrap(entry.doc, width=114, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Every rule the configuration itself must keep. All faults are found and reported together."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import operator
+from collections.abc import Iterator
+from pathlib import Path
+
+from r1mega.config.checkpoint_files import check_tokenizer, check_weights
+from r1mega.config.faults import Fault
+from r1mega.config.io import FILE_NAME
+from r1mega.config.schema import Config, DataFormat, DeviceType, EngineKind, Init, LayerSpec, Loop
+
+_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+
+# field, bounds it must keep; null is always allowed where the schema allows it.
+BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
+    ("run.seed", ((">=", 0),)),
+    ("run.timeout_minutes", ((">", 0),)),
+    *((f"parallel.{axis}", ((">=", 1),)) for axis in ("tp", "pp", "ep", "etp", "dp")),
+    ("model.moe_router_bias_update_rate", ((">=", 0),)),
+    ("model.router_balance_coef", ((">=", 0),)),
+    ("device.threads", ((">=", 1),)),
+    ("data.max_prompt_tokens", ((">=", 1),)),
+    ("data.eval_limit", ((">=", 1),)),
+    ("reward.accuracy", ((">=", 0),)),
+    ("reward.format", ((">=", 0),)),
+    ("reward.timeout_seconds", ((">", 0),)),
+    ("reward.workers", ((">=", 0),)),
+    ("rollout.engines", ((">=", 1),)),
+    ("rollout.temperature", ((">", 0),)),
+    ("rollout.top_p", ((">", 0), ("<=", 1))),
+    ("rollout.max_tokens", ((">=", 1),)),
+    ("rollout.max_batch", ((">=", 1),)),
+    ("rollout.probe_tolerance", ((">", 0),)),
+    ("algo.group_size", ((">=", 2),)),
+    ("algo.questions_per_round", ((">=", 1),)),
+    ("algo.updates_per_round", ((">=", 1),)),
+    ("algo.updates", ((">=", 1),)),
+    ("algo.clip_low", ((">=", 0),)),
+    ("algo.clip_high", ((">=", 0),)),
+    ("algo.kl_coef", ((">=", 0),)),
+    ("algo.reference_refresh", ((">=", 0),)),
+    ("algo.max_tokens_per_micro_batch", ((">=", 1),)),
+    ("sft.batch_size", ((">=", 1),)),
+    ("sft.updates", ((">=", 1),)),
+    ("sft.max_length", ((">=", 1),)),
+    ("sft.max_tokens_per_micro_batch", ((">=", 1),)),
+    ("optim.lr", ((">", 0),)),
+    ("optim.min_lr", ((">=", 0),)),
+    ("optim.warmup_updates", ((">=", 0),)),
+    ("optim.beta1", ((">=", 0), ("<", 1))),
+    ("optim.beta2", ((">=", 0), ("<", 1))),
+    ("optim.eps", ((">", 0),)),
+    ("optim.weight_decay", ((">=", 0),)),
+    ("optim.clip_grad", ((">=", 0),)),
+    ("evaluate.every", ((">=", 0),)),
+    ("evaluate.temperature", ((">=", 0),)),
+    ("evaluate.top_p", ((">", 0), ("<=", 1))),
+    ("evaluate.max_tokens", ((">=", 1),)),
+    ("logger.samples_per_round", ((">=", 0),)),
+    ("export.every", ((">=", 0),)),
+)
+
+
+def check(config: Config) -> list[Fault]:
+    """All faults of the configuration itself: bounds, rules between fields, run directory, checkpoint files."""
+    faults = [
+        *_check_bounds(config),
+        *_check_run_dir(config),
+        *_check_checkpoint(config),
+        *_check_device(config),
+        *_check_data(config),
+        *_check_rewards(config),
+        *_check_optim(config),
+        *_check_lengths(config),
+    ]
+    if not any(fault.field.startswith(("algo.", "sft.", "parallel.dp")) for fault in faults):
+        faults += _check_batch(config)
+    return faults
+
+
+def longest_response(config: Config) -> tuple[str, int]:
+    """The field that decides the longest text the run produces (sft: learns from, prompt included), and its tokens."""
+    if config.stage.loop is Loop.sft:
+        return "sft.max_length", config.sft.max_length
+    if config.data.eval is not None and (config.evaluate.max_tokens or 0) > config.rollout.max_tokens:
+        return "evaluate.max_tokens", config.evaluate.max_tokens or 0
+    return "rollout.max_tokens", config.rollout.max_tokens
+
+
+def value_at(config: Config, path: str) -> object:
+    """The value of a field by its dotted path."""
+    section, name = path.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _check_bounds(config: Config) -> Iterator[Fault]:
+    for path, bounds in BOUNDS:
+        value = value_at(config, path)
+        if value is None:
+            continue
+        assert isinstance(value, int | float), f"{path} is not a number"
+        if not math.isfinite(value) or not all(_COMPARE[sign](value, bound) for sign, bound in bounds):
+            wanted = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds)
+            yield Fault(path, str(value), f"must be {wanted}", f"set {path} accordingly")
+
+
+def _check_run_dir(config: Config) -> Iterator[Fault]:
+    if not config.run.dir:
+        yield Fault("run.dir", "nothing", "must name a directory", "set run.dir=DIR")
+        return
+    path = Path(config.run.dir)
+    if path.exists() and not path.is_dir():
+        yield Fault("run.dir", str(path), "must be a directory", "choose another run.dir")
+    elif (path / FILE_NAME).exists():
+        constraint = f"already holds a run ({FILE_NAME})"
+        yield Fault("run.dir", str(path), constraint, "choose another run.dir, or remove or rename the old one")
+
+
+def _check_checkpoint(config: Config) -> Iterator[Fault]:
+    if not config.model.hf:
+        yield Fault("model.hf", "nothing", "must name a Hugging Face checkpoint directory", "set model.hf=DIR")
+        return
+    directory = Path(config.model.hf)
+    if not directory.is_dir():
+        yield Fault("model.hf", str(directory), "must be a directory", "correct the path: model.hf=DIR")
+        return
+    if config.model.tokenizer is None:
+        yield from check_tokenizer(directory, "model.hf")
+    else:
+        yield from check_tokenizer(Path(config.model.tokenizer), "model.tokenizer")
+    if config.model.init is Init.load:
+        yield from check_weights(directory, "model.hf")
+
+
+def _check_device(config: Config) -> Iterator[Fault]:
+    if config.device.layer_spec is LayerSpec.te:
+        if config.device.type is DeviceType.cpu:
+            yield Fault("device.layer_spec", "te", "Transformer Engine needs a GPU", "use device.layer_spec=torch")
+        elif importlib.util.find_spec("transformer_engine") is None:
+            remedy = "install the gpu extra (pip install -e '.[gpu]') or use device.layer_spec=torch"
+            yield Fault("device.layer_spec", "te", "transformer_engine is not installed", remedy)
+    world = config.parallel.world_size
+    if config.rollout.engine is EngineKind.sglang:
+        yield Fault("rollout.engine", "sglang", "is not available in this version", "use rollout.engine=embedded")
+    if config.rollout.engines > world >= 1:
+        remedy = f"use at most {world}, or a larger layout"
+        constraint = f"must be at most the {world} training processes that can host an engine"
+        yield Fault("rollout.engines", str(config.rollout.engines), constraint, remedy)
+
+
+def _check_data(config: Config) -> Iterator[Fault]:
+    data, loop = config.data, config.stage.loop
+    wanted = DataFormat.qa if loop is Loop.rl else DataFormat.sft
+    if data.format is not wanted:
+        remedy = f"use data={wanted.value}, or stage={'sft' if loop is Loop.rl else 'rl'}"
+        yield Fault("data.format", data.format.value, f"stage.loop={loop.value} reads {wanted.value} rows", remedy)
+    if not data.train:
+        yield Fault("data.train", "nothing", "must name a JSONL file", "set data.train=FILE.jsonl")
+    if data.eval is not None and loop is Loop.sft:
+        yield Fault("data.eval", data.eval, "stage.loop=sft has no held-out evaluation", "set data.eval=null")
+
+
+def _check_rewards(config: Config) -> Iterator[Fault]:
+    if config.stage.loop is Loop.rl and config.reward.accuracy == 0 and config.reward.format == 0:
+        constraint = "at least one weight must be positive"
+        yield Fault("reward", "accuracy=0, format=0", constraint, "set reward.accuracy or reward.format")
+
+
+def _check_optim(config: Config) -> Iterator[Fault]:
+    optim = config.optim
+    updates, field = (
+        (config.algo.updates, "algo.updates") if config.stage.loop is Loop.rl else (config.sft.updates, "sft.updates")
+    )
+    if optim.min_lr > optim.lr:
+        constraint = f"must be at most optim.lr={optim.lr}"
+        yield Fault("optim.min_lr", str(optim.min_lr), constraint, "lower optim.min_lr or raise optim.lr")
+    if optim.warmup_updates > updates >= 1:
+        constraint = f"must be at most {field}={updates}"
+        yield Fault("optim.warmup_updates", str(optim.warmup_updates), constraint, "shorten the warm-up")
+
+
+def _check_batch(config: Config) -> Iterator[Fault]:
+    algo, dp = config.algo, config.parallel.dp
+    if config.stage.loop is Loop.sft:
+        if config.sft.batch_size < dp:
+            constraint = f"must be at least parallel.dp={dp}: each replica needs a sequence"
+            yield Fault("sft.batch_size", str(config.sft.batch_size), constraint, "raise sft.batch_size")
+        return
+    num_samples, parts = algo.samples_per_round, algo.updates_per_round
+    shown = f"questions_per_round={algo.questions_per_round} x group_size={algo.group_size} = {num_samples} samples"
+    if num_samples % parts:
+        constraint = f"must divide the round's {shown}"
+        remedy = "change it or algo.questions_per_round"
+        yield Fault("algo.updates_per_round", str(parts), constraint, remedy)
+    elif num_samples // parts < dp:
+        got = f"{num_samples // parts} samples an update ({shown}, {parts} updates)"
+        constraint = f"must be at least parallel.dp={dp}: each replica needs a sample"
+        yield Fault("algo.updates_per_round", got, constraint, "lower it or raise algo.questions_per_round")
+    if algo.updates % parts:
+        constraint = f"must be whole rounds of algo.updates_per_round={parts} updates"
+        nearest = max(1, round(algo.updates / parts)) * parts
+        yield Fault("algo.updates", str(algo.updates), constraint, f"use for example {nearest}")
+
+
+def _check_lengths(config: Config) -> Iterator[Fault]:
+    """The longest sequence must fit one micro-batch. (Evaluation only generates, so its length does not count here.)"""
+    sft, data, rollout = config.sft, config.data, config.rollout
+    if config.stage.loop is Loop.sft:
+        section, field, got, longest = "sft", "sft.max_length", str(sft.max_length), sft.max_length
+        limit = sft.max_tokens_per_micro_batch
+    else:
+        section, field = "algo", "rollout.max_tokens"
+        got = f"{rollout.max_tokens} after prompts of up to data.max_prompt_tokens={data.max_prompt_tokens}"
+        longest, limit = data.max_prompt_tokens + rollout.max_tokens, config.algo.max_tokens_per_micro_batch
+    if longest > limit:
+        name = f"{section}.max_tokens_per_micro_batch"
+        constraint = f"the longest sequence, {longest} tokens, must fit {name}={limit}"
+        yield Fault(field, got, constraint, f"lower it or raise {name}")

@@ -1,0 +1,119 @@
+"""Are a Hugging Face checkpoint's files all there and whole? Answered from file headers, no tensor is read."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from r1mega.config.faults import Fault
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# The safetensors format caps its header at 100 MB; a larger length means the file is something else.
+MAX_HEADER_BYTES = 100_000_000
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def read_json_object(path: Path) -> dict:
+    """The JSON object in a file. Raises ValueError with a one-line reason where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError("no such file") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at line {error.lineno})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"a JSON {type(found).__name__}, not an object")
+    return found
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """Tensor name -> {dtype, shape, data_offsets} of a safetensors file.
+
+    The format: 8 bytes little-endian header length, that many bytes of JSON, then the data, whose size is the largest
+    end in `data_offsets`.
+
+    Raises ValueError with a one-line reason where the header is unreadable or the file's length differs.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise ValueError(f"{size} bytes, too short for a safetensors file")
+        (header_bytes,) = struct.unpack("<Q", prefix)
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError("not a safetensors file (implausible header length)")
+        text = file.read(header_bytes)
+    if len(text) < header_bytes:
+        raise ValueError(f"truncated: {size} bytes, the header alone needs {8 + header_bytes}")
+    try:
+        header = json.loads(text)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        data_bytes = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError("not a safetensors file (its header is not the expected JSON)") from error
+    expected = 8 + header_bytes + data_bytes
+    if size != expected:
+        word = "truncated" if size < expected else "too long"
+        raise ValueError(f"{word}: {size} bytes, its header says {expected}")
+    return tensors
+
+
+def check_weights(directory: Path, field: str) -> list[Fault]:
+    """Faults of the safetensors files of a checkpoint directory, sharded (with an index) or single."""
+    if (directory / INDEX).exists():
+        return _check_sharded(directory, field)
+    path = directory / SINGLE
+    if not path.is_file():
+        constraint = f"must hold {SINGLE} or {INDEX}"
+        remedy = "save it with save_pretrained(safe_serialization=True), or set model.init=random"
+        return [Fault(field, str(directory), constraint, remedy)]
+    try:
+        read_header(path)
+    except (ValueError, OSError) as error:
+        return [_broken(field, path, error)]
+    return []
+
+
+def check_tokenizer(directory: Path, field: str) -> list[Fault]:
+    """A fault where a directory holds no tokenizer file that transformers could load."""
+    if any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return []
+    constraint = f"must hold a tokenizer ({', '.join(TOKENIZER_FILES)})"
+    return [Fault(field, str(directory), constraint, "copy the tokenizer files there or set model.tokenizer=DIR")]
+
+
+def _check_sharded(directory: Path, field: str) -> list[Fault]:
+    index_path = directory / INDEX
+    try:
+        weight_map = read_json_object(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("no weight_map in it")
+    except ValueError as error:
+        return [_broken(field, index_path, error)]
+    faults: list[Fault] = []
+    for shard in sorted(set(weight_map.values())):
+        path = directory / shard
+        try:
+            present = read_header(path)
+        except FileNotFoundError:
+            constraint = f"every shard that {INDEX} names must be there"
+            faults.append(Fault(field, f"no file {path}", constraint, "download the missing shard"))
+            continue
+        except (ValueError, OSError) as error:
+            faults.append(_broken(field, path, error))
+            continue
+        absent = sorted(name for name, home in weight_map.items() if home == shard and name not in present)
+        if absent:
+            got = f"{path} without {absent[0]}" + (f" and {len(absent) - 1} more tensors" if len(absent) > 1 else "")
+            faults.append(Fault(field, got, f"must hold what {INDEX} says", "download shard and index from one source"))
+    return faults
+
+
+def _broken(field: str, path: Path, error: Exception) -> Fault:
+    return Fault(field, f"{path}: {error}", "must be a whole, readable file", "download or write the file again")

@@ -1,0 +1,278 @@
+"""Every field of a run: its type, its default (written nowhere else) and what it means.
+
+A string under a field is its documentation; `r1mega train --help` prints it. Fields without a default (`???`) come from
+the option chosen for their group in `conf/`, or from the user. "R1" marks values of DeepSeek-R1 (arXiv 2501.12948),
+"V3" of DeepSeek-V3 (arXiv 2412.19437), "GRPO" of DeepSeekMath (arXiv 2402.03300); "ours" marks what nobody published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+# OmegaConf reads an enum by member name and writes it by member name, so every member is named as its value.
+Loop = StrEnum("Loop", ["rl", "sft"])
+Init = StrEnum("Init", ["load", "random"])
+ParamDtype = StrEnum("ParamDtype", ["fp32", "bf16"])
+DeviceType = StrEnum("DeviceType", ["cpu", "cuda"])
+LayerSpec = StrEnum("LayerSpec", ["torch", "te"])
+DataFormat = StrEnum("DataFormat", ["qa", "sft"])
+Template = StrEnum("Template", ["r1_zero", "plain", "chat"])
+EngineKind = StrEnum("EngineKind", ["embedded", "sglang"])
+RatioLevel = StrEnum("RatioLevel", ["token", "sequence"])
+Aggregation = StrEnum("Aggregation", ["sequence_mean", "token_mean", "sequence_sum", "constant"])
+Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
+WandbMode = StrEnum("WandbMode", ["offline", "online"])
+
+
+@dataclass
+class RunConfig:
+    name: str = "r1mega"
+    """Name shown in displays, plots and loggers; part of the default directory."""
+    dir: str = MISSING
+    """Directory that receives everything the run writes. It must not hold another run."""
+    seed: int = 0
+    """Seed of initialisation, data order and sampling."""
+    timeout_minutes: float = 10.0
+    """A collective that waits longer than this ends the run (ours)."""
+
+
+@dataclass
+class StageConfig:
+    loop: Loop = MISSING
+    """Which loop runs: `rl` (GRPO) or `sft` (supervised fine-tuning)."""
+
+
+@dataclass
+class ModelConfig:
+    hf: str = MISSING
+    """Hugging Face checkpoint directory: config.json and, with init=load, safetensors files."""
+    init: Init = MISSING
+    """`load` reads the checkpoint's weights, `random` initialises from its config.json."""
+    tokenizer: str | None = None
+    """Tokenizer directory; null means model.hf."""
+    moe_router_bias_update_rate: float = 0.0
+    """Step of the auxiliary-loss-free expert balance after each update (V3: 0.001 in pre-training; in RL ours)."""
+    router_balance_coef: float = 0.0
+    """Weight of the sequence-wise expert balance loss (V3: 0.0001 in pre-training; in RL ours)."""
+
+
+@dataclass
+class ParallelConfig:
+    tp: int = 1
+    """Tensor parallel size."""
+    pp: int = 1
+    """Pipeline parallel size."""
+    ep: int = 1
+    """Expert parallel size, cut out of tp x dp."""
+    etp: int = 1
+    """Tensor parallel size inside one expert, cut out of tp x dp."""
+    dp: int = 1
+    """Data parallel size. The run has tp x pp x dp training processes."""
+    sequence_parallel: bool = True
+    """Split activations along the sequence between tensor parallel regions; takes effect with tp > 1."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of training processes."""
+        return self.tp * self.pp * self.dp
+
+
+@dataclass
+class PrecisionConfig:
+    params: ParamDtype = MISSING
+    """Type of parameters and activations. The optimizer's master weights are fp32 in either case."""
+
+
+@dataclass
+class DeviceConfig:
+    type: DeviceType = MISSING
+    """`cpu` (gloo) or `cuda` (NCCL)."""
+    layer_spec: LayerSpec = LayerSpec.torch
+    """Layers of plain torch, or Transformer Engine's (`te`, GPU only)."""
+    threads: int = 1
+    """CPU threads of each training process."""
+
+
+@dataclass
+class DataConfig:
+    train: str = MISSING
+    """JSONL file to train on."""
+    eval: str | None = None
+    """JSONL file of held-out question/answer rows; null means no evaluation."""
+    format: DataFormat = MISSING
+    """Rows of the training file: `qa` (question_key, answer_key) or `sft` (prompt, response)."""
+    question_key: str = "question"
+    """Key of the question in a qa row."""
+    answer_key: str = "answer"
+    """Key of the reference answer in a qa row; GSM8K's `#### 42` is understood."""
+    template: Template = Template.r1_zero
+    """How a question becomes a prompt: R1-Zero's conversation (R1 Table 1), the plain text, or the chat template."""
+    max_prompt_tokens: int = 512
+    """Longest prompt accepted; a longer one is refused before the run starts (ours)."""
+    shuffle: bool = True
+    """Give each epoch its own order; false keeps the file's."""
+    eval_limit: int | None = None
+    """Evaluate on the first so many held-out rows only; null means all."""
+
+
+@dataclass
+class RewardConfig:
+    accuracy: float = 1.0
+    """Weight of the accuracy reward (R1: equal weights)."""
+    format: float = 1.0
+    """Weight of the format reward (R1: equal weights)."""
+    timeout_seconds: float = 5.0
+    """Hard limit on checking one answer; a check over it is killed and scores 0 (ours)."""
+    workers: int = 1
+    """Processes that check answers; 0 checks inside the training process, without the hard limit."""
+
+
+@dataclass
+class RolloutConfig:
+    engine: EngineKind = MISSING
+    """What generates: `embedded` (transformers, inside training processes)."""
+    engines: int = 1
+    """Number of training processes that host an engine."""
+    temperature: float = 1.0
+    """Sampling temperature (R1)."""
+    top_p: float = 1.0
+    """Nucleus sampling mass (ours)."""
+    max_tokens: int = 1024
+    """Longest response in tokens (R1-Zero: 32,768, from update 8,200 on 65,536; this default is ours)."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a response and stay in it; the end-of-sequence token always ends one."""
+    max_batch: int = 256
+    """Sequences decoded at once by one engine (ours)."""
+    probe: bool = False
+    """Compare the engine's log-probs of its samples with the trainer's in every round."""
+    probe_tolerance: float = 1.0e-4
+    """Largest difference of a log-prob that the probe lets pass (fp32 reordering; ours)."""
+
+
+@dataclass
+class AlgoConfig:
+    group_size: int = 16
+    """Samples of one question (R1: 16)."""
+    questions_per_round: int = 32
+    """Questions of one rollout (R1: 512; this default is ours)."""
+    updates_per_round: int = 1
+    """Optimizer steps on one rollout's samples, each sample used once (R1: 16; this default is ours)."""
+    updates: int = 100
+    """Optimizer steps of the whole run (R1-Zero: 10,400; this default is ours)."""
+    clip_low: float = 0.2
+    """The ratio is clipped at 1 - clip_low (PPO's 0.2; R1's first RL stage: 10)."""
+    clip_high: float = 0.2
+    """The ratio is clipped at 1 + clip_high; may exceed 1 (PPO's 0.2; R1's first RL stage: 10)."""
+    kl_coef: float = 0.001
+    """Weight of the KL term in the loss (R1)."""
+    ratio_level: RatioLevel = RatioLevel.token
+    """Ratio and KL per token (GRPO), or of the whole output (R1 Eq. 1 read literally)."""
+    aggregation: Aggregation = Aggregation.sequence_mean
+    """Token losses: mean of each output (GRPO), mean of all tokens (DAPO), sum of each output, or over a constant."""
+    advantage_std: bool = True
+    """Divide a group's advantages by its standard deviation (R1 Eq. 3); false is Dr. GRPO."""
+    reference_refresh: int = 400
+    """Updates after which the reference becomes the latest policy (R1: 400); 0 keeps the first one."""
+    max_tokens_per_micro_batch: int = 16384
+    """Tokens of one forward and backward pass, prompt and response together (ours)."""
+
+    @property
+    def samples_per_round(self) -> int:
+        """Sequences generated in one round."""
+        return self.questions_per_round * self.group_size
+
+
+@dataclass
+class SftConfig:
+    batch_size: int = 128
+    """Sequences of one update (R1: 128)."""
+    updates: int = 100
+    """Optimizer steps of the whole run (ours)."""
+    max_length: int = 2048
+    """Longest prompt plus response accepted, in tokens (R1: 32,768; this default is ours)."""
+    max_tokens_per_micro_batch: int = 16384
+    """Tokens of one forward and backward pass (ours)."""
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 3.0e-6
+    """Learning rate after warm-up (R1-Zero: 3e-6)."""
+    min_lr: float = 0.0
+    """Learning rate the schedule ends at."""
+    schedule: Schedule = Schedule.constant
+    """How the learning rate falls from lr to min_lr over the run (R1-Zero: not published)."""
+    warmup_updates: int = 0
+    """Updates over which the learning rate rises linearly from 0 (R1: not published)."""
+    beta1: float = 0.9
+    """Adam's first decay (V3)."""
+    beta2: float = 0.95
+    """Adam's second decay (V3)."""
+    eps: float = 1.0e-8
+    """Adam's epsilon (ours)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (V3: 0.1 in pre-training; in RL ours)."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm (V3); 0 does not clip."""
+
+
+@dataclass
+class EvaluateConfig:
+    every: int = 0
+    """Updates between evaluations; 0 evaluates before the first and after the last update only."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy (ours)."""
+    top_p: float = 1.0
+    """Nucleus sampling mass (R1's evaluations: temperature 0.6, top-p 0.95; this default is ours)."""
+    max_tokens: int | None = None
+    """Longest response in tokens; null means rollout.max_tokens."""
+
+
+@dataclass
+class LoggerConfig:
+    console: bool = True
+    """Show the live display."""
+    jsonl: bool = True
+    """Write metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: bool = False
+    """Log to Weights & Biases."""
+    wandb_project: str = "r1mega"
+    """Project of the Weights & Biases run."""
+    wandb_mode: WandbMode = WandbMode.offline
+    """`offline` needs no account."""
+    samples_per_round: int = 32
+    """Samples of each round written to samples.jsonl."""
+
+
+@dataclass
+class ExportConfig:
+    hf: bool = True
+    """Write the final policy as a Hugging Face checkpoint to `hf/` in the run directory."""
+    every: int = 0
+    """Updates between exports; 0 exports at the end only."""
+
+
+@dataclass
+class Config:
+    """One run: `section=option` chooses a file of `conf/`, `section.field=value` sets a field."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

@@ -1,0 +1,56 @@
+"""A run on this machine: check, make the run directory, start one training process per rank."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+from r1mega.config.schema import Config, DeviceType
+from r1mega.launch import preflight, rundir, supervise
+
+WORKER = "r1mega.loop.worker"
+
+
+def run(config: Config) -> int:
+    """Run `config` to its end and return the exit code: 0, the failed rank's code, or 128 + the signal that ended it.
+
+    Raises ConfigError before anything is written or started when the configuration has faults.
+    """
+    preflight.require(config)
+    config_path = rundir.create(config)
+    argv = [sys.executable, "-m", WORKER, "--config", str(config_path)]
+    log_dir = config_path.parent / rundir.LOG_DIR
+    env = worker_env(config.device.type, config.device.threads)
+    result = supervise.run_world(argv, config.parallel.world_size, log_dir=log_dir, env=env)
+    if result.message:
+        print(f"r1mega: {result.message}", file=sys.stderr)
+    return result.exit_code
+
+
+def worker_env(device: DeviceType, threads: int) -> dict[str, str]:
+    """What every training process on one machine finds in its environment, besides its rank."""
+    env = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }
+    if device == DeviceType.cpu:
+        # Without CUDA, compiling Megatron's fused helpers costs 15 s at the first step and gains nothing.
+        env["TORCHDYNAMO_DISABLE"] = "1"
+        # The host name may resolve to an address that no interface has; loopback always works on one machine.
+        if Path("/sys/class/net/lo").exists():
+            env["GLOO_SOCKET_IFNAME"] = "lo"
+    else:
+        # Megatron relies on one hardware queue to start a communication before the matrix product it overlaps.
+        env["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return env
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

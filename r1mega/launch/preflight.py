@@ -1,0 +1,79 @@
+"""All that is checked before any process starts: the configuration, its files, and whether they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from r1mega.config.check import check, longest_response
+from r1mega.config.checkpoint_files import read_json_object
+from r1mega.config.faults import ConfigError, Fault
+from r1mega.config.schema import Config, DataFormat, Loop
+from r1mega.data.jsonl import read_rows
+from r1mega.models import hf_fields
+from r1mega.parallel.layout import Layout
+
+# Checks that need sound input (they tokenize, for example) run after all others have passed. Each returns its faults,
+# or raises a ValueError whose message is one.
+Check = Callable[[Config], Sequence[Fault | str]]
+LATE_CHECKS: tuple[Check, ...] = ()
+SFT_KEYS = ("prompt", "response")
+
+
+def require(config: Config, late_checks: Sequence[Check] = LATE_CHECKS) -> None:
+    """Raises ConfigError with every fault found."""
+    faults: list[Fault | str] = list(check(config))
+    sizes_are_sound = not any(isinstance(fault, Fault) and fault.field.startswith("parallel.") for fault in faults)
+    if config.model.hf and Path(config.model.hf).is_dir():
+        faults += _check_model(config, sizes_are_sound)
+    faults += _check_rows(config)
+    if not faults:
+        faults += [fault for late_check in late_checks for fault in _faults_of(late_check, config)]
+    if faults:
+        raise ConfigError(faults)
+
+
+def _check_rows(config: Config) -> list[str]:
+    data = config.data
+    qa_keys = (data.question_key, data.answer_key)
+    files = [("data.train", data.train, qa_keys if data.format is DataFormat.qa else SFT_KEYS)]
+    if data.eval is not None and config.stage.loop is Loop.rl:
+        files.append(("data.eval", data.eval, qa_keys))
+    faults = []
+    for field, path, keys in files:
+        key_remedy = ", or set data.question_key, data.answer_key" if keys is qa_keys else ""
+        try:
+            if path:
+                read_rows(path, keys)
+        except (ValueError, OSError) as error:
+            faults.append(f"{field}: {error}; correct the file or {field}{key_remedy}")
+    return faults
+
+
+def _faults_of(late_check: Check, config: Config) -> Sequence[Fault | str]:
+    try:
+        return late_check(config)
+    except ValueError as error:
+        return [str(error)]
+
+
+def _check_model(config: Config, sizes_are_sound: bool) -> list[Fault | str]:
+    path = Path(config.model.hf) / "config.json"
+    try:
+        read_json_object(path)
+    except ValueError as error:
+        return [Fault("model.hf", f"{path}: {error}", "must hold a model's config.json", "correct model.hf")]
+    try:
+        fields = hf_fields.read(config.model.hf)
+    except ValueError as error:
+        return [f"model.hf: {line}" for line in str(error).splitlines()]
+    parallel = config.parallel
+    layout = Layout(tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, etp=parallel.etp, dp=parallel.dp)
+    faults: list[Fault | str] = list(layout.problems(fields.shape())) if sizes_are_sound else []
+    # Prompts count towards the model's positions too, but their true lengths are known only once they are tokenized.
+    field, tokens = longest_response(config)
+    positions = fields["max_position_embeddings"]
+    if tokens > positions:
+        constraint = f"must be at most max_position_embeddings={positions}"
+        faults.append(Fault(field, str(tokens), constraint, "lower it or use a model for longer texts"))
+    return faults

@@ -1,0 +1,220 @@
+"""Start a world of processes and see it to its end: whatever happens to one, none is left behind.
+
+Every rank leads its own process group, so the terminal's Ctrl-C reaches only the launcher and a rank's own children end
+with it. On Linux the kernel kills the ranks should the launcher itself be killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+POLL_SECONDS = 0.05
+# A crash takes its peers with it within moments; wait this long before naming the first of them.
+SETTLE_SECONDS = 0.5
+TAIL_LINES = 30
+_PR_SET_PDEATHSIG = 1
+# What a rank says when another one vanished: consequences, never the cause.
+_LOST_PEER = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection was closed|remote process exited|peer .*(exited|closed)"
+    r"|failed to recv|socket timeout|store .*(closed|unavailable)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class WorldResult:
+    """How a world ended: `exit_code` as a shell would report it; `message` is empty when all went well."""
+
+    exit_code: int
+    failed_rank: int | None = None
+    message: str = ""
+
+
+@dataclass
+class _Rank:
+    rank: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    status: int | None = None  # as Popen.returncode; None while it runs
+
+
+def run_world(
+    argv: Sequence[str],
+    world_size: int,
+    *,
+    log_dir: Path,
+    env: Mapping[str, str] | None = None,
+    grace_seconds: float = 5.0,
+) -> WorldResult:
+    """Run `argv` once per rank and wait for all of them.
+
+    Each rank gets this process's environment, then `env`, then RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE. Its
+    output goes to `log_dir/rankN.log`, except that rank 0 keeps the terminal as its standard output. When a rank fails,
+    or on SIGINT or SIGTERM, all others get SIGTERM and after `grace_seconds` SIGKILL (at once on a second signal).
+
+    Raises OSError where `argv` cannot be started at all.
+    """
+    assert world_size >= 1, "a world has at least one rank"
+    log_dir.mkdir(parents=True, exist_ok=True)
+    ranks: list[_Rank] = []
+    with _signals() as received:
+        try:
+            for rank in range(world_size):
+                ranks.append(_start(rank, world_size, argv, log_dir, env or {}))
+            return _watch(ranks, received, grace_seconds)
+        finally:
+            _end(ranks, received, grace_seconds)
+            if sys.stdout.isatty():
+                print("\x1b[?25h", end="", flush=True)  # a killed live display leaves the cursor hidden
+
+
+def tail(log: Path, limit: int = TAIL_LINES) -> str:
+    """The end of a log: from its last traceback on where that is near, else the last `limit` lines."""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 64 * 1024))
+        lines = file.read().decode("utf-8", errors="replace").rstrip().splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if starts and len(lines) - starts[-1] <= 2 * limit:
+        return "\n".join(lines[starts[-1] :])
+    return "\n".join(lines[-limit:])
+
+
+def _start(rank: int, world_size: int, argv: Sequence[str], log_dir: Path, env: Mapping[str, str]) -> _Rank:
+    log = log_dir / f"rank{rank}.log"
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            argv,
+            env={**os.environ, **env, **{name: str(value) for name, value in numbers.items()}},
+            stdin=subprocess.DEVNULL,
+            stdout=None if rank == 0 else file,
+            stderr=file,
+            process_group=0,
+            preexec_fn=_die_with_parent(os.getpid()) if sys.platform == "linux" else None,
+        )
+    return _Rank(rank, process, log)
+
+
+def _die_with_parent(parent: int) -> Callable[[], None]:
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def set_death_signal() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # the launcher died before the line above
+            os._exit(1)
+
+    return set_death_signal
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of acting on them; outside the main thread nothing is collected."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(ranks: list[_Rank], received: list[int], grace_seconds: float) -> WorldResult:
+    while any(rank.status is None for rank in ranks):
+        _look(ranks)
+        if received:
+            name = signal.Signals(received[0]).name
+            _end(ranks, received, grace_seconds)
+            return WorldResult(128 + received[0], message=f"stopped by {name}: all {len(ranks)} ranks have ended")
+        if any(rank.status for rank in ranks):
+            _settle(ranks, received)
+            culprit = min((rank for rank in ranks if rank.status), key=_blame)
+            _end(ranks, received, grace_seconds)
+            return _failure(culprit, len(ranks))
+        time.sleep(POLL_SECONDS)
+    return WorldResult(0)
+
+
+def _settle(ranks: list[_Rank], received: list[int]) -> None:
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while time.monotonic() < deadline and not received and any(rank.status is None for rank in ranks):
+        time.sleep(POLL_SECONDS)
+        _look(ranks)
+
+
+def _blame(rank: _Rank) -> tuple[bool, bool, int, int]:
+    """Sorts failed ranks, likeliest cause first: no complaint about a peer, killed by a signal, first to go silent."""
+    assert rank.status is not None
+    last_words = tail(rank.log).splitlines()[-3:]
+    follows = any(_LOST_PEER.search(line) for line in last_words)
+    return follows, rank.status > 0, rank.log.stat().st_mtime_ns, rank.rank
+
+
+def _failure(culprit: _Rank, world_size: int) -> WorldResult:
+    status = culprit.status
+    assert status
+    how = f"exit code {status}" if status > 0 else f"killed by {_signal_name(-status)}"
+    words = tail(culprit.log)
+    said = "\n".join(f"  | {line}" for line in words.splitlines()) or "  | (its log is empty)"
+    headline = f"rank {culprit.rank} of {world_size} failed first ({how}); all ranks have ended"
+    message = f"{headline}\n{said}\nlog: {culprit.log}"
+    return WorldResult(status if status > 0 else 128 - status, culprit.rank, message)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _look(ranks: list[_Rank]) -> None:
+    """Note who has exited, without reaping: an unreaped leader keeps its process group's number from being reused."""
+    for rank in ranks:
+        if rank.status is None:
+            found = os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is not None:
+                rank.status = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
+def _end(ranks: list[_Rank], received: list[int], grace_seconds: float) -> None:
+    """End and reap every rank with its children. Harmless when repeated."""
+    living = [rank for rank in ranks if rank.process.returncode is None]
+    _look(living)
+    if any(rank.status is None for rank in living):
+        _signal_groups(living, signal.SIGTERM)
+        num_signals, deadline = len(received), time.monotonic() + grace_seconds
+        while any(rank.status is None for rank in living):
+            if time.monotonic() > deadline or len(received) > num_signals:
+                break
+            time.sleep(POLL_SECONDS)
+            _look(living)
+    _signal_groups(living, signal.SIGKILL)  # also what an ended rank left running in its group
+    for rank in living:
+        rank.process.wait()
+
+
+def _signal_groups(ranks: list[_Rank], number: signal.Signals) -> None:
+    for rank in ranks:
+        # macOS says PermissionError where Linux says ProcessLookupError: only ended processes are left in the group.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(rank.process.pid, number)

@@ -1,0 +1,40 @@
+"""R1-Zero: reinforcement learning from rules alone. Read this file first.
+
+A round is one rollout; its samples are split into the batches of several updates, each used once (DeepSeek-R1, section 2
+and appendix B.1). The policy is published to the engines after the last update of a round.
+"""
+
+from __future__ import annotations
+
+from r1mega.config.schema import Config
+from r1mega.loop import phases
+from r1mega.loop.wire import RlRun, wire_rl
+
+
+def main(config: Config) -> None:
+    """Run one rank of the training that `config` describes, from the first evaluation to the exported checkpoint."""
+    with wire_rl(config) as run:
+        train(run)
+
+
+def train(run: RlRun) -> None:
+    """Alternate rollout and training until `algo.updates` updates are done."""
+    policy, state = run.policy, run.state
+    policy.keep_copy("reference")
+    phases.publish(run)
+    phases.evaluate(run)
+    while state.update < run.config.algo.updates:
+        state.round += 1
+        prompts = run.prompts.next(run.config.algo.questions_per_round)
+        phases.rollout(run, prompts)
+        groups = phases.reward(run)
+        batch = phases.inference(run, groups)
+        for samples in phases.split_round(run, batch):
+            phases.update(run, batch, samples)
+            if phases.is_refresh_due(run):
+                policy.keep_copy("reference")
+        phases.publish(run)
+        if phases.is_evaluation_due(run):
+            phases.evaluate(run)
+        phases.close_round(run, groups, batch)
+    phases.finish(run)

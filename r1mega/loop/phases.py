@@ -1,0 +1,216 @@
+"""The phases of a round: rollout, reward, inference, train, publish; and evaluation between rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from r1mega.algo.advantage import group_advantages
+from r1mega.algo.aggregation import token_weights
+from r1mega.algo.lr import learning_rate
+from r1mega.algo.packing import plan_batch, split_updates
+from r1mega.algo.policy_loss import mean_metrics, policy_loss
+from r1mega.loop import records
+from r1mega.loop.wire import RlRun
+from r1mega.parallel.seed import derive
+from r1mega.train.batch import MicroBatch, PackItem
+from r1mega.types import Prompt, Sample, SampleGroup, SamplingParams
+from r1mega.weights import memory, verify
+
+
+@dataclass
+class RoundBatch:
+    """The samples of a round, one entry each, with all that the loss needs. The same on every rank."""
+
+    samples: list[Sample]
+    items: list[PackItem]
+    advantages: list[float]
+    valid: list[bool]  # False: the reward failed, the sample is left out of the loss
+    anchor: list[torch.Tensor] | None  # None: one update a round, whose own log-probs are the anchor
+    reference: list[torch.Tensor] | None  # None: kl_coef is 0
+
+
+def rollout(run: RlRun, prompts: Sequence[Prompt]) -> None:
+    """Sample a group of responses to every prompt. Scoring goes on beside it."""
+    config = run.config
+    params = SamplingParams(
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        max_tokens=config.rollout.max_tokens,
+        stop=tuple(config.rollout.stop),
+        seed=derive(config.run.seed, "rollout", run.state.round),
+    )
+    with run.timer.phase("rollout"):
+        run.collector.generate(prompts, config.algo.group_size, params, version=run.state.update)
+
+
+def reward(run: RlRun) -> list[SampleGroup]:
+    """Wait for the scores that the rollout left open; bring the groups to every rank."""
+    with run.timer.phase("reward"):
+        return run.collector.groups()
+
+
+def inference(run: RlRun, groups: list[SampleGroup]) -> RoundBatch:
+    """Anchor and reference log-probs, and the advantages (DeepSeek-R1, Eq. 3)."""
+    algo = run.config.algo
+    samples = [sample for group in groups for sample in group.samples]
+    items = [
+        PackItem((*group.prompt.token_ids, *sample.token_ids), len(sample.token_ids))
+        for group in groups
+        for sample in group.samples
+    ]
+    valid = [sample.score is not None and sample.score.error is None for sample in samples]
+    advantages = group_advantages(
+        [sample.reward for sample in samples],
+        [len(group.samples) for group in groups],
+        valid_S=valid,
+        normalise_std=algo.advantage_std,
+    )
+    anchor = reference = None
+    with run.timer.phase("inference"), torch.no_grad():
+        plan = plan_batch([len(item.tokens) for item in items], dp=run.layout.dp, max_tokens=algo.max_tokens_per_micro_batch)
+        if algo.updates_per_round > 1:
+            anchor = run.policy.logprobs(items, plan)
+            measure_gap(run, samples, anchor)
+        if algo.kl_coef > 0:
+            with run.policy.weights("reference"):
+                reference = run.policy.logprobs(items, plan)
+    return RoundBatch(samples, items, advantages.tolist(), valid, anchor, reference)
+
+
+def measure_gap(run: RlRun, samples: Sequence[Sample], trainer: Sequence[torch.Tensor]) -> None:
+    """The engine's log-probs of its samples against the trainer's at the start of the round, before any update."""
+    rollout = run.config.rollout
+    gap = verify.logprob_gap([torch.tensor(sample.rollout_logprobs) for sample in samples], trainer)
+    run.log.round_metrics |= {"sync/logprob_gap_mean": gap.mean, "sync/logprob_gap_max": gap.max}
+    if rollout.probe:
+        verify.require_agreement(gap, rollout.probe_tolerance, version=run.state.update)
+
+
+def split_round(run: RlRun, batch: RoundBatch) -> Iterator[list[int]]:
+    """Indices of the samples of each update of the round: a random split of all of them."""
+    algo = run.config.algo
+    updates = min(algo.updates_per_round, algo.updates - run.state.update)
+    seed = derive(run.config.run.seed, "split", run.state.round)
+    yield from split_updates(len(batch.samples), algo.updates_per_round, seed=seed)[:updates]
+
+
+def update(run: RlRun, batch: RoundBatch, samples: list[int]) -> None:
+    """One optimizer step on these samples of the round (DeepSeek-R1, Eq. 1 and 2)."""
+    config, policy = run.config, run.policy
+    algo, optim = config.algo, config.optim
+    items = [batch.items[i] for i in samples]
+    lengths = [item.num_response if batch.valid[i] else 0 for i, item in zip(samples, items, strict=True)]
+    constant = config.rollout.max_tokens if algo.aggregation == "constant" else None
+    weights = token_weights(lengths, algo.aggregation, constant_length=constant)
+    own: dict[int, torch.Tensor] = {}
+
+    def loss(logprobs_R: torch.Tensor, entropy_R: torch.Tensor, micro: MicroBatch):
+        def spread(values: list[float]) -> torch.Tensor:
+            """One value a sample -> one a response token."""
+            per_sample = torch.tensor([values[i] for i in micro.samples], device=logprobs_R.device)
+            return per_sample[micro.sequence_R]
+
+        def of_tokens(values: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([values[samples[i]] for i in micro.samples]).to(logprobs_R.device)
+
+        anchor_R = logprobs_R.detach() if batch.anchor is None else of_tokens(batch.anchor)
+        if batch.anchor is None:
+            own.update(zip(micro.samples, logprobs_R.detach().cpu().split(micro.num_responses), strict=True))
+        weights_R = spread(weights)
+        value, metrics = policy_loss(
+            logprobs_R,
+            anchor_R,
+            None if batch.reference is None else of_tokens(batch.reference),
+            spread([batch.advantages[i] for i in samples]),
+            weights_R,
+            clip_low=algo.clip_low,
+            clip_high=algo.clip_high,
+            kl_coef=algo.kl_coef,
+            ratio_level=algo.ratio_level,
+            sequence_ids_T=micro.sequence_R,
+            num_sequences=len(micro.samples),
+        )
+        metrics["entropy"] = torch.where(weights_R != 0, entropy_R, 0.0).sum()
+        metrics["loss"] = value.detach()
+        return value, metrics
+
+    lr = learning_rate(
+        run.state.update,
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        schedule=optim.schedule,
+        warmup_updates=optim.warmup_updates,
+        total_updates=algo.updates,
+    )
+    with run.timer.phase("train"):
+        plan = plan_batch([len(item.tokens) for item in items], dp=run.layout.dp, max_tokens=algo.max_tokens_per_micro_batch)
+        sums = policy.forward_backward(items, plan, loss)
+        if batch.anchor is None:
+            trainer = policy.collect_samples(items, own)
+            measure_gap(run, [batch.samples[i] for i in samples], trainer)
+        grad_norm = policy.optimizer_step(lr)
+    run.state.update += 1
+    run.log.update(run.state, records.update_metrics(mean_metrics(sums), sums, grad_norm=grad_norm, lr=lr))
+
+
+def is_refresh_due(run: RlRun) -> bool:
+    """Whether the reference becomes the latest policy now: every `algo.reference_refresh` updates."""
+    every = run.config.algo.reference_refresh
+    return every > 0 and run.state.update % every == 0
+
+
+def publish(run: RlRun) -> None:
+    """Bring the policy's weights to every engine, resharded into Hugging Face tensors; the version is the update count."""
+    with run.timer.phase("publish"):
+        tensors = run.policy.export_hf(wanted=run.engine is not None)
+        memory.publish(tensors, run.engine, run.state.update)
+
+
+def is_evaluation_due(run: RlRun) -> bool:
+    """Whether `evaluate.every` updates have passed since the last evaluation, or the run is at its end."""
+    every, state = run.config.evaluate.every, run.state
+    if state.update >= run.config.algo.updates:
+        return True
+    return every > 0 and state.update // every > state.evaluated_at // every
+
+
+def evaluate(run: RlRun) -> None:
+    """pass@1 on the held-out questions: the share of right answers, one sample each."""
+    config, state = run.config, run.state
+    state.evaluated_at = state.update
+    if not run.held_out:
+        return
+    params = SamplingParams(
+        temperature=config.evaluate.temperature,
+        top_p=config.evaluate.top_p,
+        max_tokens=config.evaluate.max_tokens or config.rollout.max_tokens,
+        stop=tuple(config.rollout.stop),
+        # One seed for every evaluation: a change between two of them comes from the weights.
+        seed=derive(config.run.seed, "evaluate"),
+    )
+    with run.timer.phase("evaluate"):
+        run.collector.generate(run.held_out, 1, params, version=state.update)
+        groups = run.collector.groups()
+    run.log.samples(state, groups, split="eval", limit=config.logger.samples_per_round)
+    run.log.evaluation(state, records.evaluation_metrics(groups))
+
+
+def close_round(run: RlRun, groups: list[SampleGroup], batch: RoundBatch) -> None:
+    """Write what the round was: rewards, lengths, phase times, tokens per second, and some samples; export where due."""
+    seconds = run.timer.finish_round()
+    run.log.samples(run.state, groups, split="train", limit=run.config.logger.samples_per_round)
+    run.log.close_round(run.state, records.round_metrics(groups), seconds, sum(len(item.tokens) for item in batch.items))
+    every = run.config.export.every
+    if every > 0 and run.state.update // every > run.state.exported_at // every:
+        run.state.exported_at = run.state.update
+        run.export(f"hf-{run.state.update:06d}")
+
+
+def finish(run: RlRun) -> None:
+    """Export the final policy, draw the curves, write the summary."""
+    if run.config.export.hf:
+        run.export("hf")
+    run.log.finish(run.state)

@@ -1,0 +1,66 @@
+"""Supervised fine-tuning: packed, each sample isolated, loss on the responses only."""
+
+from __future__ import annotations
+
+import torch
+
+from r1mega.algo.lr import learning_rate
+from r1mega.algo.packing import plan_batch
+from r1mega.config.schema import Config
+from r1mega.data.sft import SftExample
+from r1mega.loop.wire import SftRun, wire_sft
+from r1mega.metrics.timer import as_metrics
+from r1mega.train.batch import MicroBatch, PackItem
+
+
+def main(config: Config) -> None:
+    """Run one rank of the fine-tuning that `config` describes, to the exported checkpoint."""
+    with wire_sft(config) as run:
+        train(run)
+
+
+def train(run: SftRun) -> None:
+    """Take `sft.updates` steps of `sft.batch_size` examples."""
+    config, state = run.config, run.state
+    while state.update < config.sft.updates:
+        with run.timer.phase("train"):
+            items = [pack_item(example) for example in run.examples.next(config.sft.batch_size)]
+            metrics = step(run, items)
+        state.update += 1
+        seconds = run.timer.finish_round()
+        tokens = sum(len(item.tokens) for item in items)
+        run.log.update(state, metrics | as_metrics(seconds) | {"perf/tokens_per_second": tokens / seconds["train"]})
+        every = config.export.every
+        if every > 0 and state.update % every == 0:
+            run.export(f"hf-{state.update:06d}")
+    if config.export.hf:
+        run.export("hf")
+    run.log.finish(state)
+
+
+def pack_item(example: SftExample) -> PackItem:
+    """An example as the model takes it; its loss mask is 1 on the response, which is the end of it."""
+    return PackItem(example.token_ids, sum(example.loss_mask))
+
+
+def step(run: SftRun, items: list[PackItem]) -> dict[str, float]:
+    """One optimizer step on the mean cross-entropy of all response tokens of the batch."""
+    sft, optim = run.config.sft, run.config.optim
+    num_tokens = sum(item.num_response for item in items)
+
+    def loss(logprobs_R: torch.Tensor, _entropy_R: torch.Tensor, _micro: MicroBatch):
+        value = -logprobs_R.sum() / num_tokens
+        return value, {"loss": value.detach()}
+
+    lr = learning_rate(
+        run.state.update,
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        schedule=optim.schedule,
+        warmup_updates=optim.warmup_updates,
+        total_updates=sft.updates,
+    )
+    plan = plan_batch([len(item.tokens) for item in items], dp=run.layout.dp, max_tokens=sft.max_tokens_per_micro_batch)
+    sums = run.policy.forward_backward(items, plan, loss)
+    grad_norm = run.policy.optimizer_step(lr)
+    return {"train/loss": sums["loss"], "train/grad_norm": grad_norm, "train/lr": lr}

@@ -1,0 +1,217 @@
+"""A configuration -> the objects a loop works with. Config objects stop here: everything below takes plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from r1mega.config.schema import Config, Init
+from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
+from r1mega.data.sft import SftSource, read_sft, tokenize_sft
+from r1mega.loop.runlog import RunLog
+from r1mega.loop.state import RunState
+from r1mega.metrics.timer import PhaseTimer
+from r1mega.models import hf_fields
+from r1mega.models.hf_fields import HfFields
+from r1mega.parallel import groups as process_groups
+from r1mega.parallel.groups import Groups
+from r1mega.parallel.layout import Layout
+from r1mega.reward.compose import Rule
+from r1mega.reward.pool import RewardPool
+from r1mega.types import Engine, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from r1mega.rollout.collector import Collector
+    from r1mega.train.policy import MegatronPolicy
+
+
+@dataclass
+class Run:
+    """What both loops have: the policy, its place in the world, the log."""
+
+    config: Config
+    layout: Layout
+    groups: Groups
+    fields: HfFields
+    policy: MegatronPolicy
+    tokenizer: PreTrainedTokenizerBase
+    log: RunLog
+    timer: PhaseTimer
+    state: RunState = field(default_factory=RunState)
+
+    def export(self, name: str) -> Path:
+        """Write the policy as a Hugging Face checkpoint into the run directory. Collective; rank 0 writes."""
+        return export(self.policy, self.fields, self.config, name, writes=self.groups.rank == 0)
+
+
+@dataclass
+class RlRun(Run):
+    """What the RL loop has besides."""
+
+    engine: Engine | None = None  # where this rank hosts one
+    collector: Collector | None = None
+    prompts: PromptSource | None = None
+    held_out: list[Prompt] = field(default_factory=list)
+
+
+@dataclass
+class SftRun(Run):
+    """What the SFT loop has besides."""
+
+    examples: SftSource | None = None
+
+
+@contextmanager
+def wire_rl(config: Config) -> Iterator[RlRun]:
+    """The RL loop's objects on this rank; all of them are closed at the end, however it comes."""
+    with _wire(config, RlRun, temperature=config.rollout.temperature) as run:
+        from r1mega.rollout.collector import Collector
+        from r1mega.rollout.embedded import EmbeddedEngine
+
+        data, reward = config.data, config.reward
+        run.prompts = PromptSource(load_prompts(config, data.train, run.tokenizer), config.run.seed, data.shuffle)
+        if data.eval is not None:
+            run.held_out = load_prompts(config, data.eval, run.tokenizer)[: data.eval_limit]
+        hosts_engine = run.groups.rank < config.rollout.engines
+        pool = None
+        if hosts_engine:
+            run.engine = EmbeddedEngine(
+                config.model.hf,
+                run.tokenizer,
+                dtype=_dtype(config),
+                device=run.groups.device,
+                max_batch=config.rollout.max_batch,
+            )
+            rule = partial(Rule, {"accuracy": reward.accuracy, "format": reward.format})
+            pool = RewardPool(rule, reward.workers, reward.timeout_seconds)
+        decode = partial(run.tokenizer.decode, skip_special_tokens=False)
+        run.collector = Collector(
+            run.engine,
+            config.rollout.engines,
+            lambda token_ids: response_text(token_ids, decode, run.tokenizer.eos_token_id),
+            pool.submit if pool else None,
+            run.groups.control,
+        )
+        try:
+            yield run
+        finally:
+            if pool:
+                pool.close()
+
+
+@contextmanager
+def wire_sft(config: Config) -> Iterator[SftRun]:
+    """The SFT loop's objects on this rank."""
+    with _wire(config, SftRun) as run:
+        rows = read_sft(config.data.train)
+        examples = tokenize_sft(rows, run.tokenizer, str(config.data.template), config.sft.max_length)
+        run.examples = SftSource(examples, config.run.seed, config.data.shuffle)
+        yield run
+
+
+def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The questions of a file, tokenized. Raises ValueError for a malformed row or a prompt over the limit."""
+    data = config.data
+    prompts = read_qa(path, data.question_key, data.answer_key)
+    return tokenize_prompts(prompts, tokenizer, str(data.template), data.max_prompt_tokens)
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run. Raises ValueError where its directory holds none."""
+    from transformers import AutoTokenizer
+
+    path = config.model.tokenizer or config.model.hf
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model.tokenizer: got {path}; must hold a Hugging Face tokenizer ({reason}); set model.tokenizer") from None
+
+
+def response_text(token_ids: list[int], decode, end_token: int | None) -> str:
+    """The text rewards are given: the response without the end-of-sequence token that closed it."""
+    if token_ids and token_ids[-1] == end_token:
+        token_ids = token_ids[:-1]
+    return decode(token_ids)
+
+
+def export(policy: MegatronPolicy, fields: HfFields, config: Config, name: str, *, writes: bool) -> Path:
+    """Write the policy's weights, with the config and tokenizer of its source, to RUN_DIR/name."""
+    from r1mega.models.hf_io import CheckpointReader, CheckpointWriter
+
+    path = Path(config.run.dir) / name
+    writer = None
+    if writes:
+        # Trained from a bf16 checkpoint in fp32, it goes back to bf16: tensor by tensor the dtype it came in.
+        dtypes = CheckpointReader(config.model.hf).dtypes() if config.model.init is Init.load else {}
+        tokenizer = Path(config.model.tokenizer) if config.model.tokenizer else None
+        writer = CheckpointWriter(path, source=fields.path.parent, dtypes=dtypes, tokenizer=tokenizer)
+    for tensor_name, tensor in policy.export_hf(wanted=writes):
+        writer.add(tensor_name, tensor)
+    if writer:
+        writer.close()
+    return path
+
+
+@contextmanager
+def _wire(config: Config, kind: type, *, temperature: float = 1.0) -> Iterator[Run]:
+    parallel, optim = config.parallel, config.optim
+    layout = Layout(tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, etp=parallel.etp, dp=parallel.dp)
+    groups = process_groups.initialize(
+        layout,
+        str(config.device.type),
+        seed=config.run.seed,
+        timeout_minutes=config.run.timeout_minutes,
+        threads=config.device.threads,
+    )
+    # Megatron may be imported only now: the device bridge is laid.
+    from r1mega.models.hf_config import ModelOptions
+    from r1mega.models.hf_io import CheckpointReader, RandomWeights
+    from r1mega.train.optimizer import AdamSettings
+    from r1mega.train.policy import MegatronPolicy
+
+    fields = hf_fields.read(config.model.hf)
+    log = RunLog(
+        config, enabled=groups.rank == 0, model=fields.family, layout=str(layout), world_size=layout.world_size
+    )
+    try:
+        options = ModelOptions(
+            params_dtype=_dtype(config),
+            layer_spec=str(config.device.layer_spec),
+            router_bias_update_rate=config.model.moe_router_bias_update_rate,
+            router_balance_coef=config.model.router_balance_coef,
+        )
+        adam = AdamSettings(
+            lr=optim.lr,
+            beta1=optim.beta1,
+            beta2=optim.beta2,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            clip_grad=optim.clip_grad,
+        )
+        policy = MegatronPolicy(fields, groups, options, adam, temperature=temperature)
+        is_random = config.model.init is Init.random
+        policy.load(RandomWeights(fields, config.run.seed) if is_random else CheckpointReader(config.model.hf))
+        timer = PhaseTimer(on_phase=log.console.phase, synchronize=_synchronize(groups))
+        yield kind(config, layout, groups, fields, policy, load_tokenizer(config), log, timer)
+    finally:
+        log.close()
+    process_groups.shutdown()
+
+
+def _dtype(config: Config):
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[str(config.precision.params)]
+
+
+def _synchronize(groups: Groups):
+    import torch
+
+    return torch.cuda.synchronize if groups.device.type == "cuda" else None

@@ -1,0 +1,177 @@
+"""The modules a GPTModel is built from: Transformer Engine's, or plain torch ones.
+
+The torch spec runs on CPU and on CUDA without Transformer Engine. It also mends what goes wrong in Megatron-Core 0.16.1
+when Transformer Engine is absent:
+
+- `WrappedTorchNorm` refuses sequence parallelism: `RMSNorm` here marks its weight for the sum over tensor ranks.
+- MLA's down-projections are column-parallel and gathered in the local spec; with tp > 1 the gradient of the rotary key
+  then misses the other ranks' heads (about 1% off in `linear_kv_down_proj`). `DuplicatedLinear` holds the whole weight on
+  every tensor rank instead, as Transformer Engine's spec does.
+- With tp > 1, ep = 1 and etp = 1 expert gradients are not summed over the tensor ranks that each route a part of the
+  sequence (60-86% off, and the loss looks healthy): `mark_expert_parameters` hands them to the expert data group.
+- `HAVE_TE` stays true in the MLA module, and the router calls a function that was never imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from r1mega.models.attention import TorchCoreAttention
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm whose weight is summed over tensor ranks where the sequence is sharded over them."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class DuplicatedLinear(torch.nn.Module):
+    """A linear layer whose whole weight [out, in] stands on every tensor rank, each working on its own tokens."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **_unused: object) -> None:
+        super().__init__()
+        assert not bias
+        self.weight = torch.nn.Parameter(
+            torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.nn.functional.linear(x, self.weight), None
+
+
+def decoder_spec(config: TransformerConfig, layer_spec: str) -> TransformerBlockSubmodules:
+    """The decoder layers of this rank's pipeline stage.
+
+    Raises:
+        ValueError: `te` is asked for and Transformer Engine is not installed, or the name is unknown.
+    """
+    if layer_spec == "te":
+        if importlib.util.find_spec("transformer_engine") is None:
+            raise ValueError(
+                "device.layer_spec: got te; the package transformer_engine is not installed; "
+                "install the extra 'gpu' or set device.layer_spec=torch"
+            )
+        return gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm")
+    if layer_spec != "torch":
+        raise ValueError(f"device.layer_spec: got {layer_spec}; must be torch or te")
+    _mend_absent_transformer_engine()
+    dense, moe = _layer(config, is_moe=False), None
+    pattern = [0] * config.num_layers
+    if config.num_moe_experts:
+        moe, pattern = _layer(config, is_moe=True), config.moe_layer_freq
+    layers = [moe if is_moe else dense for is_moe in pattern]
+    first = get_transformer_layer_offset(config)
+    return TransformerBlockSubmodules(
+        layer_specs=layers[first : first + get_num_layers_to_build(config)], layer_norm=RMSNorm
+    )
+
+
+def mark_expert_parameters(model: torch.nn.Module) -> None:
+    """Hand every expert weight to the expert data-parallel group, whatever ep and etp are. Before DDP wraps the model."""
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
+
+
+def _layer(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
+    attention = _mla() if config.multi_latent_attention else _grouped_query_attention()
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=_experts() if is_moe else ModuleSpec(module=MLP, submodules=_linears()),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _linears() -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def _experts() -> ModuleSpec:
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            experts=ModuleSpec(module=SequentialMLP, submodules=_linears()),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_linears()),
+        ),
+        metainfo={"fuse_pre_mlp_layernorm": False},
+    )
+
+
+def _mla() -> ModuleSpec:
+    return ModuleSpec(
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=DuplicatedLinear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=DuplicatedLinear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=TorchCoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            kv_layernorm=RMSNorm,
+        ),
+    )
+
+
+def _grouped_query_attention() -> ModuleSpec:
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=TorchCoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+
+
+def _mend_absent_transformer_engine() -> None:
+    # MLASelfAttention picks the arguments of a down-projection by its class; ours goes where the plain Linear goes.
+    multi_latent_attention.Linear = DuplicatedLinear
+    if importlib.util.find_spec("transformer_engine") is None:
+        multi_latent_attention.HAVE_TE = False
+        if not hasattr(moe_utils, "te_general_gemm"):
+            moe_utils.te_general_gemm = None

@@ -1,0 +1,81 @@
+"""Rows that several families share. A row maps one Megatron parameter to its Hugging Face tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from r1mega.models.hf_fields import HfFields
+from r1mega.models.param_map import QKV, Cut, GateUp, HfTensor, Slot, Vocabulary, Whole
+
+
+def embedding(fields: HfFields) -> Slot:
+    shape = (fields["vocab_size"], fields["hidden_size"])
+    return Slot(
+        "embedding.word_embeddings.weight",
+        (HfTensor("model.embed_tokens.weight", shape),),
+        Vocabulary(shape[0]),
+        place="first",
+    )
+
+
+def head(fields: HfFields) -> Iterator[Slot]:
+    """The final norm and the output table; a tied table is the embedding's, held again by the last stage."""
+    hidden, vocab = fields["hidden_size"], fields["vocab_size"]
+    norm = HfTensor("model.norm.weight", (hidden,), "norm")
+    yield Slot("decoder.final_layernorm.weight", (norm,), Whole(), axis=None, place="last")
+    tied = fields["tie_word_embeddings"]
+    source = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    yield Slot(
+        "output_layer.weight", (HfTensor(source, (vocab, hidden)),), Vocabulary(vocab), place="last", is_copy=tied
+    )
+
+
+def norm(megatron: str, hf: str, size: int, layer: int) -> Slot:
+    return Slot(
+        f"decoder.layers.{layer}.{megatron}.weight",
+        (HfTensor(f"model.layers.{layer}.{hf}.weight", (size,), "norm"),),
+        Whole(),
+        axis=None,
+        layer=layer,
+    )
+
+
+def linear(megatron: str, hf: str, shape: tuple[int, int], layer: int, dim: int | None) -> Slot:
+    """A weight [out, in] cut along `dim` over tp; None: whole on every rank."""
+    return Slot(
+        f"decoder.layers.{layer}.{megatron}.weight",
+        (HfTensor(f"model.layers.{layer}.{hf}.weight", shape),),
+        Whole() if dim is None else Cut(dim),
+        axis=None if dim is None else "tp",
+        layer=layer,
+    )
+
+
+def gated_mlp(
+    megatron: str, hf: str, hidden: int, ffn: int, layer: int, *, axis: str = "tp", expert: int | None = None
+) -> Iterator[Slot]:
+    """SwiGLU: gate_proj and up_proj [ffn, hidden] -> linear_fc1; down_proj [hidden, ffn] -> linear_fc2."""
+    gate, up = (HfTensor(f"model.layers.{layer}.{hf}.{name}_proj.weight", (ffn, hidden)) for name in ("gate", "up"))
+    down = HfTensor(f"model.layers.{layer}.{hf}.down_proj.weight", (hidden, ffn))
+    prefix = f"decoder.layers.{layer}.{megatron}"
+    yield Slot(f"{prefix}.linear_fc1.weight", (gate, up), GateUp(), axis=axis, layer=layer, expert=expert)
+    yield Slot(f"{prefix}.linear_fc2.weight", (down,), Cut(1), axis=axis, layer=layer, expert=expert)
+
+
+def grouped_query_layer(fields: HfFields, layer: int, *, qkv_bias: bool) -> Iterator[Slot]:
+    """One layer of qwen2 or llama."""
+    hidden, heads, groups, width = (
+        fields["hidden_size"], fields["num_attention_heads"], fields["num_key_value_heads"], fields.head_dim,
+    )  # fmt: skip
+    rows = {"q": heads * width, "k": groups * width, "v": groups * width}
+    qkv = QKV(heads, groups, width)
+    prefix = f"model.layers.{layer}.self_attn"
+    yield norm("input_layernorm", "input_layernorm", hidden, layer)
+    weights = tuple(HfTensor(f"{prefix}.{name}_proj.weight", (size, hidden)) for name, size in rows.items())
+    yield Slot(f"decoder.layers.{layer}.self_attention.linear_qkv.weight", weights, qkv, layer=layer)
+    if qkv_bias:
+        biases = tuple(HfTensor(f"{prefix}.{name}_proj.bias", (size,), "zero") for name, size in rows.items())
+        yield Slot(f"decoder.layers.{layer}.self_attention.linear_qkv.bias", biases, qkv, layer=layer)
+    yield linear("self_attention.linear_proj", "self_attn.o_proj", (hidden, heads * width), layer, 1)
+    yield norm("pre_mlp_layernorm", "post_attention_layernorm", hidden, layer)
+    yield from gated_mlp("mlp", "mlp", hidden, fields["intermediate_size"], layer)

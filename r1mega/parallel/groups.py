@@ -1,0 +1,108 @@
+"""The process groups of a run. The only file that touches Megatron's `parallel_state`.
+
+Everything else is handed the groups it needs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from r1mega.parallel import device as devices
+from r1mega.parallel.layout import Coordinate, Layout
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What one rank knows of the others. `collection` is Megatron's ProcessGroupCollection of the same groups."""
+
+    layout: Layout
+    rank: int
+    coordinate: Coordinate
+    device: torch.device
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    etp: dist.ProcessGroup
+    expert_dp: dist.ProcessGroup
+    collection: object
+    control: dist.ProcessGroup  # gloo over all ranks, for objects and flags even where tensors go by NCCL
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.coordinate.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.coordinate.pp == self.layout.pp - 1
+
+    @property
+    def last_stage_source(self) -> int:
+        """The global rank of the last stage's (tp 0, dp 0), where reduced numbers of the loss are."""
+        return self.layout.tp * self.layout.dp * (self.layout.pp - 1)
+
+
+def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: float, threads: int = 1) -> Groups:
+    """Join the world given by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and cut it into groups.
+
+    Every collective carries `timeout_minutes`, so that a rank that is gone ends the run instead of hanging it.
+
+    Raises:
+        ValueError: the world's size is not the layout's, or the device is not there.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world_size != layout.world_size:
+        raise ValueError(f"WORLD_SIZE: got {world_size}; layout {layout} needs {layout.world_size} processes")
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    device = devices.prepare(device_type, local_rank, threads)
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(devices.backend(device_type), rank=rank, world_size=world_size, timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout) if device_type == "cuda" else dist.group.WORLD
+
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    coordinate = layout.coordinate(rank)
+    assert coordinate.tp == parallel_state.get_tensor_model_parallel_rank()
+    assert coordinate.pp == parallel_state.get_pipeline_model_parallel_rank()
+    assert coordinate.dp == parallel_state.get_data_parallel_rank()
+    assert coordinate.ep == parallel_state.get_expert_model_parallel_rank()
+    assert coordinate.etp == parallel_state.get_expert_tensor_parallel_rank()
+    return Groups(
+        layout=layout,
+        rank=rank,
+        coordinate=coordinate,
+        device=device,
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        etp=parallel_state.get_expert_tensor_parallel_group(),
+        expert_dp=parallel_state.get_expert_data_parallel_group(),
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        control=control,
+    )
+
+
+def shutdown() -> None:
+    """Leave the world; safe to call when it was never joined."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

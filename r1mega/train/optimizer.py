@@ -1,0 +1,82 @@
+"""Megatron's distributed data parallel wrapper and distributed Adam, from plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from r1mega.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """AdamW. Norms and biases take no weight decay. `clip_grad` 0 means no clipping."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+
+def wrap(model: torch.nn.Module, groups: Groups) -> DistributedDataParallel:
+    """DDP whose gradients are fp32 sums, reduce-scattered to the ranks that hold each part of the optimizer's state."""
+    config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = DistributedDataParallel(model.config, config, model, pg_collection=groups.collection)
+
+    def finalize(chunks: list[torch.nn.Module], _num_tokens: Any = None, **kwargs: Any) -> None:
+        # The loss is already divided by the global count: nothing is left to scale.
+        finalize_model_grads(chunks, None, **kwargs)
+
+    model.config.finalize_model_grads_func = finalize
+    return wrapped
+
+
+def make_optimizer(wrapped: DistributedDataParallel, settings: AdamSettings) -> MegatronOptimizer:
+    """Distributed Adam with fp32 master weights and moments."""
+    dtype = wrapped.module.config.params_dtype
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=0.0,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        barrier_with_L1_time=False,
+    )
+    return get_megatron_optimizer(config, [wrapped], use_gloo_process_groups=False)
+
+
+def full_gradients(wrapped: DistributedDataParallel) -> dict[str, torch.Tensor]:
+    """Each local parameter's whole reduced gradient, fp32. Collective over the data-parallel groups.
+
+    After the reduce-scatter a rank's gradient buffer is valid only in its own shard; the shards are put together here.
+    Call between the backward pass and the optimizer step.
+    """
+    for buffer in [*wrapped.buffers, *wrapped.expert_parallel_buffers]:
+        group = buffer.data_parallel_group
+        size = group.size()
+        if size == 1:
+            continue
+        for bucket in buffer.buckets:
+            numel = bucket.grad_data.numel() // size
+            shard = bucket.grad_data[group.rank() * numel : (group.rank() + 1) * numel].clone()
+            torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+    return {name: p.main_grad.detach().clone() for name, p in wrapped.module.named_parameters() if p.requires_grad}

@@ -1,0 +1,194 @@
+"""The model being trained, spread over the ranks: log-probs, gradients, updates, its reference copy, its export.
+
+Every method is collective: all ranks call it with the same arguments, taken from the same record batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from r1mega.algo.logprobs import logprobs_and_entropy
+from r1mega.algo.packing import Plan
+from r1mega.models.build import build_model
+from r1mega.models.hf_config import ModelOptions
+from r1mega.models.hf_fields import HfFields
+from r1mega.models.shard import ShardedModel, TensorSource
+from r1mega.parallel.groups import Groups
+from r1mega.train.batch import MicroBatch, PackItem, make_micro_batch
+from r1mega.train.optimizer import AdamSettings, full_gradients, make_optimizer, wrap
+
+# (log-probs [R], entropy [R], micro-batch) -> (loss, sums to report). Names that end in `_max` are reduced by maximum.
+Loss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+class MegatronPolicy:
+    """A Megatron model with its optimizer on this rank's part of the layout."""
+
+    def __init__(
+        self, fields: HfFields, groups: Groups, options: ModelOptions, adam: AdamSettings, *, temperature: float = 1.0
+    ) -> None:
+        self.fields, self.groups = fields, groups
+        self.temperature = temperature
+        self.model = build_model(fields, groups, options)
+        self.sharded = ShardedModel(self.model, fields, groups, options.layer_spec)
+        self._wrapped = wrap(self.model, groups)
+        self._adam = adam
+        self._optimizer = None
+        self._copies: dict[str, list[torch.Tensor]] = {}
+        self._forward_backward = get_forward_backward_func()
+
+    def load(self, source: TensorSource) -> None:
+        """Fill the parameters from a source of Hugging Face tensors, and take up the optimizer's state on them."""
+        self.sharded.fill(source)
+        self._optimizer = make_optimizer(self._wrapped, self._adam)
+
+    def logprobs(self, sequences: Sequence[PackItem], plan: Plan) -> list[torch.Tensor]:
+        """Log-probs of each sequence's response tokens, fp32 on the CPU, on every rank."""
+        found: dict[int, torch.Tensor] = {}
+
+        def collect(logprobs_R: torch.Tensor, _entropy_R: torch.Tensor, batch: MicroBatch):
+            found.update(zip(batch.samples, logprobs_R.split(batch.num_responses), strict=True))
+            return logprobs_R.sum(), {}
+
+        with torch.no_grad():
+            self._run(sequences, plan, collect, forward_only=True)
+        return self.collect_samples(sequences, found)
+
+    def collect_samples(self, sequences: Sequence[PackItem], mine: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        """Numbers of each sequence's response tokens, which a loss saw on the rank that computed it, on every rank."""
+        sizes = [sequence.num_response for sequence in sequences]
+        flat = torch.zeros(sum(sizes))
+        parts = flat.split(sizes)
+        # Exactly one rank speaks for each sequence: adding the zeros of the others changes no bit.
+        if self.groups.is_last_stage and self.groups.coordinate.tp == 0:
+            for sample, values in mine.items():
+                parts[sample].copy_(values)
+        if self.groups.layout.world_size > 1:
+            dist.all_reduce(flat, group=self.groups.control)
+        return list(parts)
+
+    def forward_backward(self, sequences: Sequence[PackItem], plan: Plan, loss: Loss) -> dict[str, float]:
+        """Accumulate the gradient of one update's loss; returns its reported sums over all micro-batches and ranks."""
+        self._wrapped.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        reports = self._run(sequences, plan, loss, forward_only=False)
+        return self._reduce(reports)
+
+    def optimizer_step(self, lr: float) -> float:
+        """Clip the gradient, update the weights at this learning rate; returns the gradient's norm before clipping.
+
+        Raises ArithmeticError on a gradient that is not finite: the weights are then as they were.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        ok, grad_norm, _ = self._optimizer.step()
+        if not ok or not torch.isfinite(torch.tensor(grad_norm)):
+            raise ArithmeticError(f"gradient norm: got {grad_norm}; must be finite; lower optim.lr or look at the batch's rewards")
+        return float(grad_norm)
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(hf_name, gradient) of every parameter, after `forward_backward` and before `optimizer_step`."""
+        whole = full_gradients(self._wrapped)
+        by_identity = {id(p): whole[name] for name, p in self.model.named_parameters()}
+        for _slot, _shard, parameter in self.sharded.local:
+            if id(parameter) in by_identity:
+                parameter.full_grad = by_identity[id(parameter)]
+        yield from self.sharded.gather_gradients()
+
+    def export_hf(self, *, wanted: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """(hf_name, tensor) of the whole model in the table's order; see ShardedModel.gather."""
+        yield from self.sharded.gather(wanted=wanted)
+
+    @torch.no_grad()
+    def keep_copy(self, name: str) -> None:
+        """Keep the present weights under a name (e.g. "reference"), in host memory."""
+        tensors = [parameter for _, _, parameter in self.sharded.local]
+        if name in self._copies:
+            for kept, parameter in zip(self._copies[name], tensors, strict=True):
+                kept.copy_(parameter)
+        else:
+            self._copies[name] = [parameter.detach().to("cpu", copy=True) for parameter in tensors]
+
+    @contextmanager
+    def weights(self, name: str) -> Iterator[None]:
+        """Compute with the kept copy `name` inside the block. No gradient may be taken in it."""
+        tensors = [parameter for _, _, parameter in self.sharded.local]
+        present = [parameter.data for parameter in tensors]
+        try:
+            for parameter, kept in zip(tensors, self._copies[name], strict=True):
+                parameter.data = kept.to(self.groups.device)
+            yield
+        finally:
+            for parameter, data in zip(tensors, present, strict=True):
+                parameter.data = data
+
+    def _run(self, sequences: Sequence[PackItem], plan: Plan, loss: Loss, *, forward_only: bool) -> list[dict]:
+        layout = self.groups.layout
+        chunks = plan.chunks[self.groups.coordinate.dp]
+        batches = (
+            make_micro_batch(sequences, chunk, multiple_of=layout.tp, device=self.groups.device) for chunk in chunks
+        )
+
+        def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
+            batch = next(iterator)
+            hidden = model(batch.tokens_1T, batch.positions_1T, None, packed_seq_params=batch.packed)
+
+            def loss_of(hidden: torch.Tensor):
+                value, report = self._loss(hidden, batch, loss)
+                return value, torch.zeros((), dtype=torch.int), report
+
+            return hidden, loss_of
+
+        reports = self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=batches,
+            model=[self._wrapped],
+            num_microbatches=len(chunks),
+            # Shapes travel with each micro-batch (variable_seq_lengths): these two only have to be there.
+            seq_length=layout.tp,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return reports
+
+    def _loss(self, hidden: torch.Tensor, batch: MicroBatch, loss: Loss) -> tuple[torch.Tensor, dict]:
+        if not batch.samples:
+            return hidden.sum() * 0.0, {}  # a micro-batch of padding, so that all ranks run equally many
+        logits_RV = self.model.logits(hidden, batch.rows_R)
+        logprobs_R, entropy_R = logprobs_and_entropy(
+            logits_RV,
+            batch.targets_R,
+            group=self.groups.tp if self.groups.layout.tp > 1 else None,
+            temperature=self.temperature,
+            vocab_size=self.fields["vocab_size"],
+        )
+        return loss(logprobs_R, entropy_R, batch)
+
+    def _reduce(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Sums and maxima of the reports over micro-batches and the data-parallel ranks of the last stage, everywhere."""
+        speaks = self.groups.is_last_stage and self.groups.coordinate.tp == 0
+        mine = [report for report in reports if report] if speaks else []
+        gathered: list[dict[str, float] | None] = [None] * self.groups.layout.world_size
+        total: dict[str, float] = {}
+        for report in mine:
+            _merge(total, {name: float(value) for name, value in report.items()})
+        if self.groups.layout.world_size == 1:
+            return total
+        dist.all_gather_object(gathered, total, group=self.groups.control)
+        merged: dict[str, float] = {}
+        for part in gathered:
+            _merge(merged, part or {})
+        return merged
+
+
+def _merge(total: dict[str, float], part: dict[str, float]) -> None:
+    for name, value in part.items():
+        if name in total:
+            total[name] = max(total[name], value) if name.endswith("_max") else total[name] + value
+        else:
+            total[name] = value

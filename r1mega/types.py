@@ -1,0 +1,156 @@
+"""Records that cross folders, and the seams between them as Protocols. Imports nothing but the standard library.
+
+Counts of the two clocks of a run are never mixed: a *round* is one rollout, an *update* is one optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class FinishReason(StrEnum):
+    """Why an engine stopped a sequence."""
+
+    stop = "stop"  # an end-of-sequence token, a stop token or a stop string
+    length = "length"  # max_tokens reached: the sample is cut off
+    abort = "abort"  # the engine was told to stop
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, tokenized once with the run's template.
+
+    `question` and `answer` are the raw text of the data file; `token_ids` is what the engine is given.
+    """
+
+    id: str
+    question: str
+    answer: str
+    token_ids: tuple[int, ...] = ()
+    domain: str = "math"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a reward says of one text. `value` is the sum of weighted `parts`; `error` marks a reward that failed."""
+
+    value: float
+    parts: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    error: str | None = None
+
+
+@dataclass
+class Sample:
+    """One generated sequence.
+
+    `token_ids` is the response only (the prompt's ids stand in the group's Prompt) and includes the stop token where one
+    was generated. `loss_mask` and `rollout_logprobs` have one entry per response token; `rollout_logprobs` are
+    log softmax(logits / temperature) of the engine at the sampled token.
+    """
+
+    prompt_id: str
+    index: int
+    token_ids: list[int]
+    loss_mask: list[int]
+    rollout_logprobs: list[float]
+    finish_reason: FinishReason
+    weight_version: int
+    text: str = ""
+    score: Score | None = None
+
+    @property
+    def reward(self) -> float:
+        """The reward of the sample. Raises ValueError while it has none."""
+        if self.score is None:
+            raise ValueError(f"sample {self.prompt_id}#{self.index} has not been scored")
+        return self.score.value
+
+
+@dataclass
+class SampleGroup:
+    """The samples of one prompt."""
+
+    prompt: Prompt
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an engine samples. `temperature` 0 is greedy; `stop` are strings, kept in the output where one ends it."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """`num_samples` sequences wanted for one prompt. `key` comes back with each Completion."""
+
+    key: int
+    token_ids: tuple[int, ...]
+    num_samples: int = 1
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished sequence: the response's token ids and the log-prob of each (see Sample.rollout_logprobs)."""
+
+    key: int
+    index: int
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    weight_version: int
+
+
+class Engine(Protocol):
+    """What generates. Embedded (transformers) and SGLang engines stand behind it alike."""
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights last loaded; -1 before the first load."""
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, on_finished: Callable[[Completion], None] | None = None
+    ) -> list[Completion]:
+        """All completions of all requests, ordered by (position of the request, index).
+
+        `on_finished` is called with each completion as soon as it ends, so rewards can run beside generation.
+        """
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], weight_version: int) -> None:
+        """Replace the weights by Hugging Face named tensors.
+
+        Raises ValueError on an unknown name, a wrong shape, or a parameter that was not delivered.
+        """
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Teacher-forced log-probs at temperature 1: for each sequence, the log-prob of token t+1 given tokens 0..t."""
+
+
+class Reward(Protocol):
+    """A pure function of a prompt and the response's text."""
+
+    def __call__(self, prompt: Prompt, text: str) -> Score: ...
+
+
+class Sink(Protocol):
+    """Where metrics go. `step` is the update count; `metrics` maps slash/separated names to numbers."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+NamedTensors = Iterator[tuple[str, "torch.Tensor"]]

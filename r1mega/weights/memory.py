@@ -1,0 +1,17 @@
+"""Publish to an engine in the trainer's own process: the gathered tensors are copied straight into it."""
+
+from __future__ import annotations
+
+from r1mega.types import Engine, NamedTensors
+
+
+def publish(tensors: NamedTensors, engine: Engine | None, version: int) -> None:
+    """Load the stream into this rank's engine; a rank without one only takes part in gathering it.
+
+    Raises ValueError where the stream is not exactly the engine's model (see Engine.load).
+    """
+    if engine is None:
+        for _ in tensors:
+            raise AssertionError("a rank without an engine asked for tensors")
+        return
+    engine.load(tensors, version)

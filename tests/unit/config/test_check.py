@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from r1mega.config import schema
+from r1mega.config.check import BOUNDS, check, longest_response, value_at
+from r1mega.config.registry import fields
+from r1mega.config.schema import Config
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Config:
+    """A configuration without a fault; the check looks at the checkpoint's files, not into the data."""
+    checkpoint = tmp_path / "hf"
+    checkpoint.mkdir()
+    (checkpoint / "tokenizer.json").write_text("{}")
+    save_file({"x": np.zeros(3, dtype=np.float32)}, checkpoint / "model.safetensors")
+    return Config(
+        run=schema.RunConfig(dir=str(tmp_path / "run")),
+        stage=schema.StageConfig(loop=schema.Loop.rl),
+        model=schema.ModelConfig(hf=str(checkpoint), init=schema.Init.load),
+        precision=schema.PrecisionConfig(params=schema.ParamDtype.fp32),
+        device=schema.DeviceConfig(type=schema.DeviceType.cpu),
+        data=schema.DataConfig(train="train.jsonl", format=schema.DataFormat.qa),
+        rollout=schema.RolloutConfig(engine=schema.EngineKind.embedded),
+    )
+
+
+def with_values(config: Config, **values: object) -> Config:
+    """A copy with `section__field=value` replaced."""
+    for key, value in values.items():
+        section, name = key.split("__")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+        )
+    return config
+
+
+def messages(config: Config, **values: object) -> list[str]:
+    return [str(fault) for fault in check(with_values(config, **values))]
+
+
+SFT = {"stage__loop": schema.Loop.sft, "data__format": schema.DataFormat.sft}
+
+
+def test_a_good_configuration_has_no_fault(good: Config) -> None:
+    assert check(good) == []
+    assert messages(good, **SFT) == []
+
+
+def test_every_number_of_the_schema_is_bounded() -> None:
+    numbers = {entry.path for entry in fields() if entry.type.rstrip("?") in ("int", "float")}
+    assert {path for path, _ in BOUNDS} == numbers
+
+
+@pytest.mark.parametrize(("path", "bounds"), BOUNDS, ids=[path for path, _ in BOUNDS])
+def test_each_bound_refuses_what_lies_outside(good: Config, path: str, bounds: tuple[tuple[str, float], ...]) -> None:
+    for sign, bound in bounds:
+        outside = {">=": bound - 1, ">": bound, "<": bound, "<=": bound + 1}[sign]
+        found = messages(good, **{path.replace(".", "__"): outside})
+        assert any(text.startswith(f"{path}: got {outside}; must be ") for text in found), found
+    assert any(
+        text.startswith(f"{path}: got nan") for text in messages(good, **{path.replace(".", "__"): float("nan")})
+    )
+
+
+def test_all_faults_are_reported_together(good: Config) -> None:
+    found = messages(good, run__dir="", model__hf="", data__train="", rollout__top_p=1.5, algo__updates_per_round=5)
+    assert [text.partition(":")[0] for text in found] == [
+        "rollout.top_p", "run.dir", "model.hf", "data.train", "algo.updates_per_round",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"rollout__engine": schema.EngineKind.sglang},
+            "rollout.engine: got sglang; is not available in this version; use rollout.engine=embedded",
+        ),
+        (
+            {"rollout__engines": 3, "parallel__tp": 2},
+            "rollout.engines: got 3; must be at most the 2 training processes that can host an engine; "
+            "use at most 2, or a larger layout",
+        ),
+        (
+            {"device__layer_spec": schema.LayerSpec.te},
+            "device.layer_spec: got te; Transformer Engine needs a GPU; use device.layer_spec=torch",
+        ),
+        (
+            {"data__format": schema.DataFormat.sft},
+            "data.format: got sft; stage.loop=rl reads qa rows; use data=qa, or stage=sft",
+        ),
+        (
+            {**SFT, "data__eval": "x.jsonl"},
+            "data.eval: got x.jsonl; stage.loop=sft has no held-out evaluation; set data.eval=null",
+        ),
+        (
+            {"reward__accuracy": 0.0, "reward__format": 0.0},
+            "reward: got accuracy=0, format=0; at least one weight must be positive; "
+            "set reward.accuracy or reward.format",
+        ),
+        (
+            {"optim__min_lr": 1e-3, "optim__lr": 1e-4},
+            "optim.min_lr: got 0.001; must be at most optim.lr=0.0001; lower optim.min_lr or raise optim.lr",
+        ),
+        (
+            {"optim__warmup_updates": 101},
+            "optim.warmup_updates: got 101; must be at most algo.updates=100; shorten the warm-up",
+        ),
+        (
+            # 3 questions x 16 samples = 48 samples, which 5 does not divide.
+            {"algo__questions_per_round": 3, "algo__updates_per_round": 5},
+            "algo.updates_per_round: got 5; must divide the round's questions_per_round=3 x group_size=16 = 48 "
+            "samples; change it or algo.questions_per_round",
+        ),
+        (
+            {"algo__updates": 10, "algo__updates_per_round": 4},
+            "algo.updates: got 10; must be whole rounds of algo.updates_per_round=4 updates; use for example 8",
+        ),
+        (
+            {"algo__questions_per_round": 1, "algo__group_size": 2, "algo__updates_per_round": 2, "parallel__dp": 2},
+            "algo.updates_per_round: got 1 samples an update (questions_per_round=1 x group_size=2 = 2 samples, "
+            "2 updates); must be at least parallel.dp=2: each replica needs a sample; "
+            "lower it or raise algo.questions_per_round",
+        ),
+        (
+            {**SFT, "sft__batch_size": 2, "parallel__dp": 4},
+            "sft.batch_size: got 2; must be at least parallel.dp=4: each replica needs a sequence; "
+            "raise sft.batch_size",
+        ),
+        (
+            {"data__max_prompt_tokens": 100, "rollout__max_tokens": 50, "algo__max_tokens_per_micro_batch": 149},
+            "rollout.max_tokens: got 50 after prompts of up to data.max_prompt_tokens=100; the longest sequence, 150 "
+            "tokens, must fit algo.max_tokens_per_micro_batch=149; lower it or raise algo.max_tokens_per_micro_batch",
+        ),
+    ],
+)
+def test_rules_between_fields(good: Config, values: dict[str, object], message: str) -> None:
+    assert messages(good, **values) == [message]
+
+
+def test_the_longest_sequence_may_just_fit(good: Config) -> None:
+    values = {"data__max_prompt_tokens": 100, "rollout__max_tokens": 50, "algo__max_tokens_per_micro_batch": 150}
+    assert messages(good, **values) == []
+
+
+def test_clip_may_exceed_one(good: Config) -> None:
+    assert messages(good, algo__clip_low=10.0, algo__clip_high=10.0) == []
+
+
+def test_a_directory_that_holds_a_run_is_refused(good: Config) -> None:
+    place = Path(good.run.dir)
+    place.mkdir()
+    assert check(good) == []
+    (place / "config.yaml").write_text("")
+    (message,) = messages(good)
+    assert message == (
+        f"run.dir: got {place}; already holds a run (config.yaml); "
+        "choose another run.dir, or remove or rename the old one"
+    )
+
+
+def test_random_initialisation_needs_no_weights(good: Config) -> None:
+    (Path(good.model.hf) / "model.safetensors").unlink()
+    assert len(check(good)) == 1
+    assert messages(good, model__init=schema.Init.random) == []
+
+
+def test_a_tokenizer_of_ones_own(good: Config, tmp_path: Path) -> None:
+    (message,) = messages(good, model__tokenizer=str(tmp_path / "absent"))
+    assert message.startswith(f"model.tokenizer: got {tmp_path / 'absent'}; must hold a tokenizer")
+
+
+def test_the_longest_response_looks_at_evaluation_only_where_there_is_one(good: Config) -> None:
+    longer = with_values(good, evaluate__max_tokens=5000)
+    assert longest_response(longer) == ("rollout.max_tokens", 1024)
+    assert longest_response(with_values(longer, data__eval="e.jsonl")) == ("evaluate.max_tokens", 5000)
+    assert longest_response(with_values(longer, **SFT)) == ("sft.max_length", 2048)
+    assert value_at(longer, "evaluate.max_tokens") == 5000
