@@ -35,8 +35,8 @@ venv: $(STAMP)
 $(VENV)/.stamp: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "r1mega needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	# Alone and first: only torch is looked up in its index, and the version stands in setup.cfg.
-	$(VENV)/bin/python -m pip install "$$(sed -n 's/^ *\(torch==.*\)$$/\1/p' setup.cfg)" $(TORCH_PIP_ARGS)
+	# Alone and first: nothing else shall be looked up in torch's index. The version stands in setup.cfg.
+	$(VENV)/bin/python -m pip install --no-deps "$$(sed -n 's/^ *\(torch==.*\)$$/\1/p' setup.cfg)" $(TORCH_PIP_ARGS)
 	$(VENV)/bin/python -m pip install -e '.[cpu,test]'
 	touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -17,23 +18,31 @@ USAGE_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a fault in what was asked, else what the run ended with."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; what is still buffered must not be flushed into the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
+        print(_overview(), flush=True)
         return 0
     command, *rest = arguments
     if command not in COMMANDS:
         print(f"r1mega: unknown command {command!r}; the commands are: {', '.join(COMMANDS)}", file=sys.stderr)
         return USAGE_ERROR
-    try:
-        return COMMANDS[command](rest)
-    except KeyboardInterrupt:
-        return 130
+    return COMMANDS[command](rest)
 
 
 def train(arguments: Sequence[str]) -> int:
     """Train a model as configured: supervised fine-tuning or pure RL."""
     if "-h" in arguments or "--help" in arguments:
-        print(_train_help())
+        print(_train_help(), flush=True)
         return 0
     import hydra
 

@@ -32,6 +32,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layer-spec", choices=("torch", "te"), default="torch")
+    parser.add_argument(
+        "--break-table", action="store_true", help="swap gate_proj and up_proj in the table, to see the comparison fail"
+    )
     parser.add_argument("--timeout", type=float, default=10, help="minutes after which a collective gives up (default 10)")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # set for the processes this program starts
     return parser.parse_args()
@@ -119,6 +122,8 @@ def compare(args: argparse.Namespace) -> int:
 
     fields = hf_fields.read(args.hf)
     policy = MegatronPolicy(fields, world, ModelOptions(layer_spec=args.layer_spec), AdamSettings(lr=1e-3))
+    if args.break_table:
+        break_table(policy)
     policy.load(CheckpointReader(args.hf))
     sequences, weights = make_sequences(fields["vocab_size"], args)
     items = [PackItem(tokens, response) for tokens, response in sequences]
@@ -150,6 +155,20 @@ def compare(args: argparse.Namespace) -> int:
         (Path(args.work) / "answer.json").write_text(json.dumps(answer))
     groups.shutdown()
     return 0
+
+
+def break_table(policy) -> None:
+    """Swap gate_proj and up_proj wherever the table joins them: the names still fit, the model is another."""
+    from dataclasses import replace
+
+    from r1mega.models.param_map import GateUp
+
+    sharded = policy.sharded
+    swapped = {
+        id(slot): replace(slot, tensors=slot.tensors[::-1]) if isinstance(slot.op, GateUp) else slot for slot in sharded.slots
+    }
+    sharded.slots = list(swapped.values())
+    sharded.local = [(swapped[id(slot)], shard, parameter) for slot, shard, parameter in sharded.local]
 
 
 def gradient_differences(ours: dict, theirs: dict) -> dict[str, float]:

@@ -38,7 +38,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "q_lora_rank": 32,
         "kv_lora_rank": 32,
         "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
+        "qk_rope_head_dim": 16,
         "v_head_dim": 16,
         "first_k_dense_replace": 1,
         "moe_layer_freq": 1,

@@ -1,12 +1,23 @@
-"""The GRPO loss and what is worth knowing about it.
+"""The GRPO loss (DeepSeek-R1, Eq. 1 and 2) and what is worth knowing about it.
 
 Shape suffixes: T tokens of a micro-batch, S its sequences.
+
+With r = policy / anchor, the loss is the sum over tokens of
+
+    weight * ( -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef * k3 ).
+
+The weights hold the whole normalisation, divided by counts of the whole update (see `token_weights`), so the losses of
+micro-batches and ranks add up to the loss of the update, however it is cut. A token of weight zero (prompt, padding, a
+failed sample) takes part in nothing, whatever its other values are.
+
+The clip may exceed 1: the 10 of DeepSeek-R1 gives the interval [-9, 11], whose lower end never binds. Nothing else
+bounds a ratio: that of a negative advantage, and k3, grow as they do in the paper, and the metrics show it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -33,15 +44,7 @@ def policy_loss(
     sequence_ids_T: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """GRPO (DeepSeek-R1, Eq. 1 and 2): the sum over tokens of
-
-        weight * ( -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef * k3 ),   r = policy / anchor.
-
-    The weights hold the whole normalisation, divided by counts of the whole update (see `token_weights`), so losses of
-    micro-batches and ranks add up to the loss of the update, however it is cut. A token of weight zero (prompt,
-    padding, a failed sample) takes part in nothing, whatever its other values are.
-
-    The clip may exceed 1: the 10 of DeepSeek-R1 gives the interval [-9, 11], whose lower end never binds.
+    """The loss of one micro-batch, and its metrics.
 
     Args:
         policy_logprobs_T: of the weights being trained, differentiable.
@@ -55,47 +58,37 @@ def policy_loss(
         ratio_level: `token` takes r and k3 of each token. `sequence` is Eq. 1 to the letter: r and k3 of whole outputs,
             whose log-probs are the sums over their tokens of non-zero weight. Each token then carries the term of its
             sequence, so with weights of `sequence_mean` the loss is the mean over sequences.
-        sequence_ids_T: for `sequence`: which sequence each token is of, 0 .. num_sequences - 1. A sequence must stand
-            in one micro-batch of one rank as a whole.
-        num_sequences: for `sequence`.
+        sequence_ids_T, num_sequences: for `sequence`: which sequence each token is of, 0 .. num_sequences - 1. A
+            sequence must stand in one micro-batch of one rank as a whole.
 
     Returns:
         The loss (a scalar), and metrics without gradient, all scalars on the device of the loss. Keys that end in
         `_max` are maxima; every other is a sum over tokens. See `merge_metrics` and `mean_metrics`.
 
     Raises:
-        ValueError: a setting out of range, or a missing reference.
+        ValueError: a setting out of range, a missing reference, missing sequence ids.
     """
-    _check_settings(clip_low, clip_high, kl_coef, dual_clip, ratio_level)
-    if kl_coef > 0 and reference_logprobs_T is None:
-        raise ValueError(f"kl_coef: got {kl_coef} without reference log-probs; pass them, or set kl_coef to 0")
+    _check_settings(clip_low, clip_high, kl_coef, dual_clip, ratio_level, reference_logprobs_T is not None)
     active_T = weights_T != 0
-    # Replaced before any arithmetic that could overflow: zero times infinity would not be zero.
-    advantages_T = torch.where(active_T, advantages_T, 0.0)
-    policy_T = torch.where(active_T, policy_logprobs_T, 0.0)
-    anchor_T = torch.where(active_T, anchor_logprobs_T, 0.0)
-    reference_T = None if reference_logprobs_T is None else torch.where(active_T, reference_logprobs_T, 0.0)
+    policy_T, anchor_T, reference_T, advantages_T = (
+        # Replaced before any arithmetic that could overflow: zero times infinity would not be zero.
+        None if values_T is None else torch.where(active_T, values_T, 0.0)
+        for values_T in (policy_logprobs_T, anchor_logprobs_T, reference_logprobs_T, advantages_T)
+    )
     if ratio_level == "sequence":
-        if sequence_ids_T is None or num_sequences is None:
-            raise ValueError("ratio_level: got 'sequence' without sequence_ids_T and num_sequences; pass both")
-        policy_T, anchor_T, reference_T = (
-            None if logprobs_T is None else _whole_outputs(logprobs_T, sequence_ids_T, num_sequences)
-            for logprobs_T in (policy_T, anchor_T, reference_T)
+        policy_T, anchor_T, reference_T = _whole_outputs(
+            (policy_T, anchor_T, reference_T), sequence_ids_T, num_sequences
         )
-
     log_ratio_T = policy_T - anchor_T
     low_T, high_T = _log_bounds(advantages_T, clip_low, clip_high, dual_clip)
     # min(r A, clip(r) A) is clamp(r) A with the bounds that bind for the sign of A. Clamping the logarithm keeps exp
     # finite, so a ratio far outside has gradient zero and not zero times infinity.
-    surrogate_T = torch.exp(torch.clamp(log_ratio_T, low_T, high_T)) * advantages_T
-    surrogate_loss = -(weights_T * surrogate_T).sum()
+    surrogate_loss = -(weights_T * advantages_T * torch.exp(torch.clamp(log_ratio_T, low_T, high_T))).sum()
     kl_T = torch.zeros_like(policy_T) if reference_T is None else k3(policy_T, reference_T)
-    kl_loss = (weights_T * kl_T).sum() if kl_coef > 0 else torch.zeros_like(surrogate_loss)
-    with torch.no_grad():
-        metrics = _metrics(log_ratio_T, low_T, high_T, kl_T, active_T)
-        metrics["surrogate_loss"] = surrogate_loss.detach()
-        metrics["kl_loss"] = kl_coef * kl_loss.detach()
-    return surrogate_loss + kl_coef * kl_loss, metrics
+    kl_loss = kl_coef * (weights_T * kl_T).sum() if kl_coef > 0 else torch.zeros_like(surrogate_loss)
+    metrics = _metrics(log_ratio_T.detach(), low_T, high_T, kl_T.detach(), active_T)
+    metrics |= {"surrogate_loss": surrogate_loss.detach(), "kl_loss": kl_loss.detach()}
+    return surrogate_loss + kl_loss, metrics
 
 
 def merge_metrics(parts: Iterable[Metrics]) -> Metrics:
@@ -112,15 +105,15 @@ def merge_metrics(parts: Iterable[Metrics]) -> Metrics:
     return merged
 
 
-def mean_metrics(merged: Metrics) -> dict[str, float]:
-    """Numbers for a log from the merged metrics of an update; waits for the device once.
+def mean_metrics(merged: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Numbers for a log from the merged metrics of an update.
 
     `surrogate_loss` and `kl_loss` are the two parts of the loss. Means over tokens: `ratio`, `kl` (k3 to the
     reference), `anchor_kl` (k3 of anchor to policy: how far the weights are off those of the round's start),
     `clip_fraction` and its two sides `clip_fraction_low`, `clip_fraction_high`. Extremes: `ratio_max`, `ratio_min`,
     `kl_max`.
     """
-    number = dict(zip(merged, torch.stack(list(merged.values())).tolist(), strict=True))
+    number = {name: float(value) for name, value in merged.items()}
     count = max(number["num_tokens"], 1.0)
     inverse = number["inverse_ratio_max"]
     return {
@@ -176,17 +169,33 @@ def _log_bounds(
     return low_T, high_T
 
 
-def _whole_outputs(logprobs_T: Tensor, sequence_ids_T: Tensor, num_sequences: int) -> Tensor:
-    """The log-prob of the whole output at each of its tokens."""
-    return logprobs_T.new_zeros(num_sequences).index_add(0, sequence_ids_T, logprobs_T)[sequence_ids_T]
+def _whole_outputs(
+    logprobs: Iterable[Tensor | None], sequence_ids_T: Tensor | None, num_sequences: int | None
+) -> list[Tensor | None]:
+    """Of each [T] of log-probs: the log-prob of the whole output at each of its tokens."""
+    if sequence_ids_T is None or num_sequences is None:
+        raise ValueError("ratio_level: got 'sequence' without sequence_ids_T and num_sequences; pass both")
+    return [
+        None
+        if logprobs_T is None
+        else logprobs_T.new_zeros(num_sequences).index_add(0, sequence_ids_T, logprobs_T)[sequence_ids_T]
+        for logprobs_T in logprobs
+    ]
 
 
 def _check_settings(
-    clip_low: float, clip_high: float, kl_coef: float, dual_clip: float | None, ratio_level: str
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    dual_clip: float | None,
+    ratio_level: str,
+    has_reference: bool,
 ) -> None:
     for name, value in (("clip_low", clip_low), ("clip_high", clip_high), ("kl_coef", kl_coef)):
         if not value >= 0:
             raise ValueError(f"{name}: got {value}; must be >= 0; DeepSeek-R1 clips at 10 with kl_coef 0.001")
+    if kl_coef > 0 and not has_reference:
+        raise ValueError(f"kl_coef: got {kl_coef} without reference log-probs; pass them, or set kl_coef to 0")
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip: got {dual_clip}; must be above 1; leave it out for no bound")
     if ratio_level not in RATIO_LEVELS:

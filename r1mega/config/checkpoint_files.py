@@ -80,6 +80,14 @@ def check_weights(directory: Path, field: str) -> list[Fault]:
     return []
 
 
+def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape over all files of a checkpoint directory that `check_weights` found whole."""
+    files = [SINGLE]
+    if (directory / INDEX).exists():
+        files = sorted(set(read_json_object(directory / INDEX)["weight_map"].values()))
+    return {name: tuple(entry["shape"]) for file in files for name, entry in read_header(directory / file).items()}
+
+
 def check_tokenizer(directory: Path, field: str) -> list[Fault]:
     """A fault where a directory holds no tokenizer file that transformers could load."""
     if any((directory / name).is_file() for name in TOKENIZER_FILES):

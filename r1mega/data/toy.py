@@ -18,15 +18,15 @@ NO_WORK = "."  # what stands in the thinking part when the answer is given at on
 class Mixture:
     """Shares of the base model's corpus. The shares of work styles add up to 1."""
 
-    direct: float = 0.55
+    direct: float = 0.5
     """The answer at once, without work."""
     partial: float = 0.22
     """Work for the last one or two digits only."""
-    full: float = 0.18
+    full: float = 0.22
     """Work for every digit."""
-    twice: float = 0.05
+    twice: float = 0.06
     """Work for every digit, written two times."""
-    wrong_digit: float = 0.02
+    wrong_digit: float = 0.01
     """Chance of each digit of a result (in the work or in the answer) to be replaced by a random one."""
     malformed: float = 0.06
     """Share of responses that break the format."""

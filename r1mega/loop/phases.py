@@ -83,10 +83,11 @@ def inference(run: RlRun, groups: list[SampleGroup]) -> RoundBatch:
 def measure_gap(run: RlRun, samples: Sequence[Sample], trainer: Sequence[torch.Tensor]) -> None:
     """The engine's log-probs of its samples against the trainer's at the start of the round, before any update."""
     rollout = run.config.rollout
-    gap = verify.logprob_gap([torch.tensor(sample.rollout_logprobs) for sample in samples], trainer)
-    run.log.round_metrics |= {"sync/logprob_gap_mean": gap.mean, "sync/logprob_gap_max": gap.max}
+    engine = [torch.tensor(sample.rollout_logprobs) for sample in samples]
+    gap = verify.logprob_gap(engine, trainer, rollout.probe_tolerance)
+    run.log.round_metrics |= {"sync/logprob_gap_mean": gap.mean, "sync/logprob_gap_max": gap.max, "sync/over": gap.over}
     if rollout.probe:
-        verify.require_agreement(gap, rollout.probe_tolerance, version=run.state.update)
+        verify.require_agreement(gap, rollout.probe_tolerance, rollout.probe_outliers, version=run.state.update)
 
 
 def split_round(run: RlRun, batch: RoundBatch) -> Iterator[list[int]]:

@@ -161,7 +161,6 @@ def _compare(gold: str, answer: str) -> Score:
         return Score(0.0, error=f"the known answer {gold[:80]!r} cannot be read as mathematics")
     try:
         expressions = _read(answer)
-        # Not even an equal text may be understood; a response is not to blame the reward for that.
         right = bool(expressions) and verify(gold_expressions, expressions, timeout_seconds=None, raise_on_error=True)
     except Exception as error:  # sympy raises nearly anything on expressions nobody wrote on purpose
         return Score(0.0, reason=f"the answer cannot be compared ({type(error).__name__})")

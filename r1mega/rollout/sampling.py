@@ -70,7 +70,7 @@ def sample_tokens(
         logits_NV = logits_NV / temperature
     logprobs_NV = logits_NV.log_softmax(-1)
     if top_p < 1:
-        sorted_NV, order_NV = logprobs_NV.sort(-1, descending=True, stable=True)
+        sorted_NV, order_NV = logprobs_NV.sort(dim=-1, descending=True, stable=True)
         probs_NV = sorted_NV.exp().double()
         # A token stays while the mass before it is below top_p, so the first always does.
         probs_NV = probs_NV.masked_fill(probs_NV.cumsum(-1) - probs_NV >= top_p, 0.0)

@@ -14,10 +14,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from r1mega.algo.logprobs import logprobs_and_entropy
 from r1mega.algo.packing import Plan
+from r1mega.algo.policy_loss import merge_metrics
 from r1mega.models.build import build_model
 from r1mega.models.hf_config import ModelOptions
 from r1mega.models.hf_fields import HfFields
 from r1mega.models.shard import ShardedModel, TensorSource
+from r1mega.parallel.collectives import gather
 from r1mega.parallel.groups import Groups
 from r1mega.train.batch import MicroBatch, PackItem, make_micro_batch
 from r1mega.train.optimizer import AdamSettings, full_gradients, make_optimizer, wrap
@@ -171,19 +173,17 @@ class MegatronPolicy:
 
     def _reduce(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sums and maxima of the reports over micro-batches and the data-parallel ranks of the last stage, everywhere."""
-        speaks = self.groups.is_last_stage and self.groups.coordinate.tp == 0
-        mine = [report for report in reports if report] if speaks else []
-        gathered: list[dict[str, float] | None] = [None] * self.groups.layout.world_size
         total: dict[str, float] = {}
-        for report in mine:
-            _merge(total, {name: float(value) for name, value in report.items()})
-        if self.groups.layout.world_size == 1:
-            return total
-        dist.all_gather_object(gathered, total, group=self.groups.control)
-        merged: dict[str, float] = {}
-        for part in gathered:
-            _merge(merged, part or {})
-        return merged
+        if self.groups.is_last_stage and self.groups.coordinate.tp == 0:
+            merged = merge_metrics(reports)
+            if merged:
+                # One wait for the device, however many numbers there are.
+                values = torch.stack([value.float() for value in merged.values()]).tolist()
+                total = dict(zip(merged, values, strict=True))
+        reduced: dict[str, float] = {}
+        for part in gather(total, self.groups.control):
+            _merge(reduced, part)
+        return reduced
 
 
 def _merge(total: dict[str, float], part: dict[str, float]) -> None:

@@ -11,9 +11,17 @@ import pytest
 
 from r1mega import cli
 
-# The training process of these tests: says where its configuration is, and does nothing.
+# The training process of these tests says where its configuration is, and does nothing. The checks that tokenize and
+# compare tensors are left out: the checkpoint here is made of a few bytes.
 WORKER = "import sys\nprint('worker', sys.argv[2], flush=True)\n"
-DRIVER = "import sys\nfrom r1mega import cli\nfrom r1mega.launch import local\nlocal.WORKER = 'fake_worker'\n"
+DRIVER = """
+import sys
+from r1mega import cli
+from r1mega.launch import local, preflight
+require = preflight.require
+preflight.require = lambda config: require(config, ())
+local.WORKER = "fake_worker"
+"""
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -52,6 +60,13 @@ def test_help_lists_options_and_fields(capsys: pytest.CaptureFixture[str]) -> No
     assert "experiment=toy " in text
     assert "algo.group_size  int  [16]" in text
     assert "stage.loop  rl|sft  [-]" in text
+
+
+def test_help_into_a_reader_that_stops_reading() -> None:
+    command = f"{sys.executable} -m r1mega.cli train --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith("usage: r1mega train")
+    assert done.stderr == ""
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import pytest
 
 from r1mega.algo.aggregation import AGGREGATIONS, token_weights

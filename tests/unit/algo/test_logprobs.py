@@ -1,5 +1,7 @@
 """Also a program: `python test_logprobs.py RANK SIZE FOLDER` is one rank of the tests over several processes."""
 
+from __future__ import annotations
+
 import math
 import os
 import subprocess

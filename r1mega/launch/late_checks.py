@@ -1,0 +1,51 @@
+"""Checks that read whole files: they run when the configuration itself is sound, still before any process starts."""
+
+from __future__ import annotations
+
+from r1mega.config import checkpoint_files
+from r1mega.config.schema import Config, Init, Loop
+from r1mega.data.prompts import read_qa, tokenize_prompts
+from r1mega.data.sft import read_sft, tokenize_sft
+from r1mega.models import hf_fields
+
+
+def check_tokens(config: Config) -> list[str]:
+    """Every prompt and example fits its limit, by the tokenizer the run will use."""
+    from r1mega.loop.wire import load_tokenizer
+
+    tokenizer = load_tokenizer(config)
+    data, template = config.data, str(config.data.template)
+    if config.stage.loop is Loop.sft:
+        tokenize_sft(read_sft(data.train), tokenizer, template, config.sft.max_length)
+        return []
+    for path in (data.train, data.eval):
+        if path is not None:
+            prompts = read_qa(path, data.question_key, data.answer_key)
+            tokenize_prompts(prompts, tokenizer, template, data.max_prompt_tokens)
+    return []
+
+
+def check_tensors(config: Config) -> list[str]:
+    """The checkpoint holds every tensor of the model's table, in its shape, and no others."""
+    from r1mega.models.tables import slots_of
+
+    if config.model.init is not Init.load:
+        return []
+    fields = hf_fields.read(config.model.hf)
+    expected = {tensor.name: tensor.shape for slot in slots_of(fields) for tensor in slot.tensors}
+    found = checkpoint_files.tensor_shapes(fields.path.parent)
+    if fields["tie_word_embeddings"]:
+        found.pop("lm_head.weight", None)  # some writers store the tied table twice
+    faults = []
+    for name in expected:
+        if name not in found:
+            faults.append(f"model.hf: {config.model.hf} lacks tensor {name}; config.json asks for it; restore the checkpoint")
+        elif found[name] != expected[name]:
+            faults.append(
+                f"model.hf: {name}: got shape {list(found[name])}; config.json makes it {list(expected[name])}; "
+                "use the config.json that belongs to these weights"
+            )
+    for name in sorted(set(found) - set(expected)):
+        faults.append(f"model.hf: {config.model.hf} holds tensor {name}; a {fields.family} model has none of that name")
+    shown = 10
+    return faults[:shown] + ([f"model.hf: {len(faults) - shown} more tensors like these"] if len(faults) > shown else [])
