@@ -1,8 +1,8 @@
 """Small random checkpoints in the Hugging Face format, and their tokenizer, for the benchmarks.
 
-Both families have hidden size 128, 4 layers, 4 heads and about one million parameters, so that a whole GRPO step runs in
-about two seconds on two CPU cores. The weights are random: a benchmark of speed needs no skill, and the lengths of the
-completions are forced (see `benchmarks.grpo_step`).
+Both families have hidden size 128, 4 layers, 4 heads and about one million parameters, so that a whole GRPO step runs
+in about two seconds on two CPU cores. The weights are random: a benchmark of speed needs no skill, and the lengths of
+the completions are forced (see `benchmarks.grpo_step`).
 """
 
 from __future__ import annotations

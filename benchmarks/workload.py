@@ -15,7 +15,7 @@ MIXED_SHORTEST = 8
 MIXED_LONGEST = 256
 REGIMES = ("equal", "mixed")
 
-# "other" is whatever of a step stands in none of the named phases: rewards, advantages, padding, the trainer's own loop.
+# "other" is what stands in none of the named phases: rewards, advantages, padding, the trainer's own loop.
 PHASES = ("generate", "reference_forward", "policy_forward", "backward", "optimizer", "other")
 
 
@@ -52,16 +52,14 @@ class Peer(Protocol):
 def make_prompts(seed: int = 0) -> list[str]:
     """`NUM_PROMPTS` addition questions in printable ASCII, 20 to 30 characters (and tokens) each."""
     rng = random.Random(seed)
-    return [
-        f"Compute {rng.randrange(10, 10**6)} + {rng.randrange(10, 10**6)} = ".ljust(20) for _ in range(NUM_PROMPTS)
-    ]
+    return [f"Compute {rng.randrange(10, 10**6)} + {rng.randrange(10, 10**6)} = ".ljust(20) for _ in range(NUM_PROMPTS)]
 
 
 def make_lengths(regime: str, seed: int = 0) -> list[int]:
     """The length in tokens of every completion, prompt by prompt: sample j of prompt i is entry i * 16 + j.
 
-    `equal` is 48 everywhere. `mixed` is a seeded log-uniform draw from 8 to 256 (mean near 72, as many below 45 as
-    above), its longest entry set to 256: the long tail that the completions of a reasoning model have.
+    `equal` is 48 everywhere. `mixed` is a seeded log-uniform draw from 8 to 256 (the distribution's mean is
+    72, its median 45), with its longest entry set to 256: the long tail that completions of a reasoning model have.
     Raises ValueError on an unknown regime.
     """
     count = NUM_PROMPTS * SAMPLES_PER_PROMPT

@@ -50,8 +50,8 @@ class Score:
 class Sample:
     """One generated sequence.
 
-    `token_ids` is the response only (the prompt's ids stand in the group's Prompt) and includes the stop token where one
-    was generated. `loss_mask` and `rollout_logprobs` have one entry per response token; `rollout_logprobs` are
+    `token_ids` is the response only (the prompt's ids stand in the group's Prompt) and includes the stop token where
+    one was generated. `loss_mask` and `rollout_logprobs` have one entry per response token; `rollout_logprobs` are
     log softmax(logits / temperature) of the engine at the sampled token.
     """
 
@@ -122,7 +122,10 @@ class Engine(Protocol):
         """The version of the weights last loaded; -1 before the first load."""
 
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, on_finished: Callable[[Completion], None] | None = None
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_finished: Callable[[Completion], None] | None = None,
     ) -> list[Completion]:
         """All completions of all requests, ordered by (position of the request, index).
 

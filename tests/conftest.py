@@ -21,7 +21,8 @@ LLAMA3 = {
 }  # fmt: skip
 _DENSE = {
     "vocab_size": 323, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.08, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.08,
+    "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {

@@ -28,14 +28,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layout", default="1", help="axes and sizes, e.g. tp=2,pp=2,ep=2,etp=1,dp=1; 1: one process")
     parser.add_argument("--sequences", type=int, default=6, help="random sequences to compare on (default 6)")
     parser.add_argument("--max-length", type=int, default=48, help="their longest length in tokens (default 48)")
-    parser.add_argument("--chunk-tokens", type=int, default=0, help="tokens of a micro-batch (default: about two a rank)")
+    parser.add_argument(
+        "--chunk-tokens", type=int, default=0, help="tokens of a micro-batch (default: about two a rank)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layer-spec", choices=("torch", "te"), default="torch")
     parser.add_argument(
         "--break-table", action="store_true", help="swap gate_proj and up_proj in the table, to see the comparison fail"
     )
-    parser.add_argument("--timeout", type=float, default=10, help="minutes after which a collective gives up (default 10)")
+    parser.add_argument(
+        "--timeout", type=float, default=10, help="minutes after which a collective gives up (default 10)"
+    )
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # set for the processes this program starts
     return parser.parse_args()
 
@@ -165,7 +169,8 @@ def break_table(policy) -> None:
 
     sharded = policy.sharded
     swapped = {
-        id(slot): replace(slot, tensors=slot.tensors[::-1]) if isinstance(slot.op, GateUp) else slot for slot in sharded.slots
+        id(slot): replace(slot, tensors=slot.tensors[::-1]) if isinstance(slot.op, GateUp) else slot
+        for slot in sharded.slots
     }
     sharded.slots = list(swapped.values())
     sharded.local = [(swapped[id(slot)], shard, parameter) for slot, shard, parameter in sharded.local]

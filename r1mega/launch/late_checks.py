@@ -39,7 +39,9 @@ def check_tensors(config: Config) -> list[str]:
     faults = []
     for name in expected:
         if name not in found:
-            faults.append(f"model.hf: {config.model.hf} lacks tensor {name}; config.json asks for it; restore the checkpoint")
+            faults.append(
+                f"model.hf: {config.model.hf} lacks tensor {name}; config.json asks for it; restore the checkpoint"
+            )
         elif found[name] != expected[name]:
             faults.append(
                 f"model.hf: {name}: got shape {list(found[name])}; config.json makes it {list(expected[name])}; "
@@ -48,4 +50,6 @@ def check_tensors(config: Config) -> list[str]:
     for name in sorted(set(found) - set(expected)):
         faults.append(f"model.hf: {config.model.hf} holds tensor {name}; a {fields.family} model has none of that name")
     shown = 10
-    return faults[:shown] + ([f"model.hf: {len(faults) - shown} more tensors like these"] if len(faults) > shown else [])
+    return faults[:shown] + (
+        [f"model.hf: {len(faults) - shown} more tensors like these"] if len(faults) > shown else []
+    )

@@ -1,7 +1,7 @@
 """R1-Zero: reinforcement learning from rules alone. Read this file first.
 
-A round is one rollout; its samples are split into the batches of several updates, each used once (DeepSeek-R1, section 2
-and appendix B.1). The policy is published to the engines after the last update of a round.
+A round is one rollout; its samples are split into the batches of several updates, each used once (DeepSeek-R1, section
+2 and appendix B.1). The policy is published to the engines after the last update of a round.
 """
 
 from __future__ import annotations

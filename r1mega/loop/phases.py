@@ -70,7 +70,9 @@ def inference(run: RlRun, groups: list[SampleGroup]) -> RoundBatch:
     )
     anchor = reference = None
     with run.timer.phase("inference"), torch.no_grad():
-        plan = plan_batch([len(item.tokens) for item in items], dp=run.layout.dp, max_tokens=algo.max_tokens_per_micro_batch)
+        plan = plan_batch(
+            [len(item.tokens) for item in items], dp=run.layout.dp, max_tokens=algo.max_tokens_per_micro_batch
+        )
         if algo.updates_per_round > 1:
             anchor = run.policy.logprobs(items, plan)
             measure_gap(run, samples, anchor)
@@ -147,7 +149,9 @@ def update(run: RlRun, batch: RoundBatch, samples: list[int]) -> None:
         total_updates=algo.updates,
     )
     with run.timer.phase("train"):
-        plan = plan_batch([len(item.tokens) for item in items], dp=run.layout.dp, max_tokens=algo.max_tokens_per_micro_batch)
+        plan = plan_batch(
+            [len(item.tokens) for item in items], dp=run.layout.dp, max_tokens=algo.max_tokens_per_micro_batch
+        )
         sums = policy.forward_backward(items, plan, loss)
         if batch.anchor is None:
             trainer = policy.collect_samples(items, own)
@@ -164,7 +168,8 @@ def is_refresh_due(run: RlRun) -> bool:
 
 
 def publish(run: RlRun) -> None:
-    """Bring the policy's weights to every engine, resharded into Hugging Face tensors; the version is the update count."""
+    """Bring the policy's weights to every engine, resharded into Hugging Face tensors; the version is the update
+    count."""
     with run.timer.phase("publish"):
         tensors = run.policy.export_hf(wanted=run.engine is not None)
         memory.publish(tensors, run.engine, run.state.update)
@@ -200,10 +205,13 @@ def evaluate(run: RlRun) -> None:
 
 
 def close_round(run: RlRun, groups: list[SampleGroup], batch: RoundBatch) -> None:
-    """Write what the round was: rewards, lengths, phase times, tokens per second, and some samples; export where due."""
+    """Write what the round was: rewards, lengths, phase times, tokens per second, and some samples; export where
+    due."""
     seconds = run.timer.finish_round()
     run.log.samples(run.state, groups, split="train", limit=run.config.logger.samples_per_round)
-    run.log.close_round(run.state, records.round_metrics(groups), seconds, sum(len(item.tokens) for item in batch.items))
+    run.log.close_round(
+        run.state, records.round_metrics(groups), seconds, sum(len(item.tokens) for item in batch.items)
+    )
     every = run.config.export.every
     if every > 0 and run.state.update // every > run.state.exported_at // every:
         run.state.exported_at = run.state.update

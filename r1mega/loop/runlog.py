@@ -68,19 +68,24 @@ class RunLog:
             self._flush()
         self.console.update(state.update, state.round, metrics)
 
-    def close_round(self, state: RunState, metrics: dict[str, float], seconds: Mapping[str, float], tokens: int) -> None:
+    def close_round(
+        self, state: RunState, metrics: dict[str, float], seconds: Mapping[str, float], tokens: int
+    ) -> None:
         """The round's numbers join the line of its last update."""
         if not self._enabled:
             return
         spent = sum(value for name, value in seconds.items() if name != "evaluate")
-        values = metrics | self.round_metrics | as_metrics(seconds) | {"perf/tokens_per_second": tokens / max(spent, 1e-9)}
+        values = (
+            metrics | self.round_metrics | as_metrics(seconds) | {"perf/tokens_per_second": tokens / max(spent, 1e-9)}
+        )
         self.round_metrics = {}
         self._last |= values
         self._flush()
         self.console.update(state.update, state.round, values, dict(seconds))
 
     def samples(self, state: RunState, groups: Sequence[SampleGroup], *, split: str, limit: int) -> None:
-        """Write some samples: of training one a group, spread over the round; of evaluation always the same questions."""
+        """Write some samples: of training one a group, spread over the round; of evaluation always the same
+        questions."""
         if not self._enabled or limit <= 0:
             return
         every = max(1, len(groups) // limit)
@@ -115,7 +120,9 @@ class RunLog:
             return
         metrics = read_metrics(self._dir / "metrics.jsonl")
         seconds = time.monotonic() - self._started
-        write_summary(self._dir, summarize_metrics(metrics) | self._facts | {"updates": state.update, "seconds": seconds})
+        write_summary(
+            self._dir, summarize_metrics(metrics) | self._facts | {"updates": state.update, "seconds": seconds}
+        )
         for path in plot_run(self._dir):
             print(f"wrote {path}")
 

@@ -131,7 +131,9 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model.tokenizer: got {path}; must hold a Hugging Face tokenizer ({reason}); set model.tokenizer") from None
+        raise ValueError(
+            f"model.tokenizer: got {path}; must hold a Hugging Face tokenizer ({reason}); set model.tokenizer"
+        ) from None
 
 
 def response_text(token_ids: list[int], decode, end_token: int | None) -> str:

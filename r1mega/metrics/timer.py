@@ -30,6 +30,11 @@ class PhaseTimer:
         self._round: dict[str, float] = {}
         self._totals: dict[str, float] = {}
 
+    @property
+    def current(self) -> str | None:
+        """The phase that is running; None between phases."""
+        return self._current
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charge the time of the `with` block to `name`, also when it raises.

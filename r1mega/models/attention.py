@@ -1,8 +1,8 @@
 """Core attention over packed sequences on torch's scaled_dot_product_attention, for CPU and for CUDA without TE.
 
-Megatron's own local attention takes neither packed sequences nor MLA's unequal query and value widths. Sequences lie end
-to end ("thd"); here they are lifted into a few padded batches of similar length, attended causally, and laid back. Padding
-stands at the end of a row, where a causal mask already hides it from every real token, so no mask is needed.
+Megatron's own local attention takes neither packed sequences nor MLA's unequal query and value widths. Sequences lie
+end to end ("thd"); here they are lifted into a few padded batches of similar length, attended causally, and laid back.
+Padding stands at the end of a row, where a causal mask already hides it from every real token, so no mask is needed.
 """
 
 from __future__ import annotations

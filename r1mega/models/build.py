@@ -16,8 +16,8 @@ from r1mega.parallel.groups import Groups
 def build_model(fields: HfFields, groups: Groups, options: ModelOptions) -> HiddenStateGPT:
     """The stage's model with unfilled weights: fill it through `models.hf_io.load` before use.
 
-    Its forward takes input_ids [1, T], position_ids [1, T] and PackedSequences, and returns hidden states [T / tp, 1, hidden];
-    the last stage's `logits` makes logits of them.
+    Its forward takes input_ids [1, T], position_ids [1, T] and PackedSequences, and returns hidden states [T / tp, 1,
+    hidden]; the last stage's `logits` makes logits of them.
     """
     config = transformer_config(fields, groups.layout, options)
     model = HiddenStateGPT(

@@ -1,8 +1,8 @@
 """What a Hugging Face `config.json` says, field by field: honoured, fixed, inert, or refused by name. No torch.
 
-A field that changes the computation and is not honoured here is refused; it is never ignored. `read` gives the fields of
-a checkpoint in one spelling, whichever release of transformers wrote them (`rope_scaling` + `rope_theta` of release 4,
-`rope_parameters` of release 5).
+A field that changes the computation and is not honoured here is refused; it is never ignored. `read` gives the fields
+of a checkpoint in one spelling, whichever release of transformers wrote them (`rope_scaling` + `rope_theta` of release
+4, `rope_parameters` of release 5).
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "num_nextn_predict_layers": (0, None),
     "num_mtp_layers": (0, None),
 }
+_WITHOUT_MTP = "set it to 0 in a copy of config.json: the multi-token-prediction layer is then left out"
 _REMEDY = {
     "quantization_config": "convert the checkpoint to bf16 first",
-    "num_nextn_predict_layers": "set it to 0 in a copy of config.json: the multi-token-prediction layer is then left out",
-    "num_mtp_layers": "set it to 0 in a copy of config.json: the multi-token-prediction layer is then left out",
+    "num_nextn_predict_layers": _WITHOUT_MTP,
+    "num_mtp_layers": _WITHOUT_MTP,
 }
 _ROPE_KEYS = {
     "default": set(),
@@ -71,7 +72,8 @@ _ROPE_TYPES = {"deepseek_v3": ("default", "yarn"), "qwen2": ("default",), "llama
 
 @dataclass(frozen=True)
 class HfFields:
-    """A validated config.json. `values` has one spelling of each field; `rope` has at least `rope_type`, `rope_theta`."""
+    """A validated config.json. `values` has one spelling of each field; `rope` has at least `rope_type`,
+    `rope_theta`."""
 
     path: Path
     family: str
@@ -121,7 +123,9 @@ def read(checkpoint_dir: str | Path) -> HfFields:
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; must be a Hugging Face checkpoint's config.json; check model.hf") from None
+        raise ValueError(
+            f"{path}: no such file; must be a Hugging Face checkpoint's config.json; check model.hf"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); restore the file from its source") from None
     return parse(raw, path)
@@ -131,8 +135,14 @@ def parse(raw: dict[str, Any], path: Path = Path("config.json")) -> HfFields:
     """Validate the fields of a config.json that was already read. Raises ValueError (see `read`)."""
     family = raw.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"{path}: model_type: got {family!r}; must be one of {', '.join(FAMILIES)}; no other family is built")
-    values = {"num_key_value_heads": raw.get("num_attention_heads"), "tie_word_embeddings": False, "initializer_range": 0.02}
+        raise ValueError(
+            f"{path}: model_type: got {family!r}; must be one of {', '.join(FAMILIES)}; no other family is built"
+        )
+    values = {
+        "num_key_value_heads": raw.get("num_attention_heads"),
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+    }
     if family == "deepseek_v3":
         values |= {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
     values |= {name: value for name, value in raw.items() if value is not None or name == "q_lora_rank"}
@@ -170,7 +180,9 @@ def _field_problems(raw: dict[str, Any], values: dict[str, Any], family: str) ->
             # Derived numbers that transformers writes beside the ones they come from.
             nope, rope = raw.get("qk_nope_head_dim"), raw.get("qk_rope_head_dim")
             if nope is not None and rope is not None and value not in (rope, nope + rope):
-                found.append(f"{name}: got {value}; must follow from qk_nope_head_dim={nope} and qk_rope_head_dim={rope}")
+                found.append(
+                    f"{name}: got {value}; must follow from qk_nope_head_dim={nope} and qk_rope_head_dim={rope}"
+                )
         else:
             found.append(
                 f"{name}: got {value!r}; this field is not honoured for {family}; "
@@ -213,5 +225,7 @@ def _rope(raw: dict[str, Any], family: str) -> tuple[dict[str, Any], list[str]]:
     for name in sorted(set(rope) - _ROPE_KEYS[kind] - {"rope_type", "rope_theta"}):
         if not (name == "partial_rotary_factor" and rope[name] == 1.0):
             found.append(f"rope_scaling.{name}: got {rope[name]!r}; this field is not honoured for rope type {kind!r}")
-    found += [f"rope_scaling.{name}: missing; rope type {kind!r} needs it" for name in sorted(_ROPE_KEYS[kind] - set(rope))]
+    found += [
+        f"rope_scaling.{name}: missing; rope type {kind!r} needs it" for name in sorted(_ROPE_KEYS[kind] - set(rope))
+    ]
     return rope, found

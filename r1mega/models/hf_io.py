@@ -42,7 +42,9 @@ class CheckpointReader:
             return json.loads(index.read_text())["weight_map"]
         single = self.path / "model.safetensors"
         if not single.exists():
-            raise ValueError(f"{self.path}: holds neither model.safetensors nor its index; must be a checkpoint; check model.hf")
+            raise ValueError(
+                f"{self.path}: holds neither model.safetensors nor its index; must be a checkpoint; check model.hf"
+            )
         return dict.fromkeys(self._open(single.name).keys(), single.name)
 
     def _open(self, name: str):
@@ -51,7 +53,9 @@ class CheckpointReader:
             try:
                 self._files[name] = safe_open(path, framework="pt")
             except (SafetensorError, FileNotFoundError, OSError) as error:
-                raise ValueError(f"{path}: {error}; must be a whole safetensors file; restore it from its source") from None
+                raise ValueError(
+                    f"{path}: {error}; must be a whole safetensors file; restore it from its source"
+                ) from None
         return self._files[name]
 
     def get(self, tensor: HfTensor) -> torch.Tensor:
@@ -60,9 +64,13 @@ class CheckpointReader:
             raise ValueError(f"{self.path}: tensor {tensor.name} is missing; the model needs it; check model.hf")
         value = self._open(self.where[tensor.name]).get_tensor(tensor.name)
         if tuple(value.shape) != tensor.shape:
-            raise ValueError(f"{self.path}: {tensor.name}: got shape {tuple(value.shape)}; config.json makes it {tensor.shape}")
+            raise ValueError(
+                f"{self.path}: {tensor.name}: got shape {tuple(value.shape)}; config.json makes it {tensor.shape}"
+            )
         if value.dtype not in _DTYPES.values():
-            raise ValueError(f"{self.path}: {tensor.name}: got dtype {value.dtype}; must be float; convert it to bf16 first")
+            raise ValueError(
+                f"{self.path}: {tensor.name}: got dtype {value.dtype}; must be float; convert it to bf16 first"
+            )
         return value
 
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -142,7 +150,11 @@ class CheckpointWriter:
         """Write what is left, the index and the config and tokenizer files, and move the whole into place."""
         self._flush()
         count = len(self._names)
-        names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        names = (
+            ["model.safetensors"]
+            if count == 1
+            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        )
         for i, name in enumerate(names):
             (self._part / f"part-{i:05d}").rename(self._part / name)
         if count > 1:

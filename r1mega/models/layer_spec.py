@@ -5,8 +5,8 @@ when Transformer Engine is absent:
 
 - `WrappedTorchNorm` refuses sequence parallelism: `RMSNorm` here marks its weight for the sum over tensor ranks.
 - MLA's down-projections are column-parallel and gathered in the local spec; with tp > 1 the gradient of the rotary key
-  then misses the other ranks' heads (about 1% off in `linear_kv_down_proj`). `DuplicatedLinear` holds the whole weight on
-  every tensor rank instead, as Transformer Engine's spec does.
+  then misses the other ranks' heads (about 1% off in `linear_kv_down_proj`). `DuplicatedLinear` holds the whole weight
+  on every tensor rank instead, as Transformer Engine's spec does.
 - With tp > 1, ep = 1 and etp = 1 expert gradients are not summed over the tensor ranks that each route a part of the
   sequence (60-86% off, and the loss looks healthy): `mark_expert_parameters` hands them to the expert data group.
 - `HAVE_TE` stays true in the MLA module, and the router calls a function that was never imported.
@@ -60,7 +60,9 @@ class RMSNorm(torch.nn.Module):
 class DuplicatedLinear(torch.nn.Module):
     """A linear layer whose whole weight [out, in] stands on every tensor rank, each working on its own tokens."""
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **_unused: object) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **_unused: object
+    ) -> None:
         super().__init__()
         assert not bias
         self.weight = torch.nn.Parameter(
@@ -100,7 +102,8 @@ def decoder_spec(config: TransformerConfig, layer_spec: str) -> TransformerBlock
 
 
 def mark_expert_parameters(model: torch.nn.Module) -> None:
-    """Hand every expert weight to the expert data-parallel group, whatever ep and etp are. Before DDP wraps the model."""
+    """Hand every expert weight to the expert data-parallel group, whatever ep and etp are. Before DDP wraps the
+    model."""
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False

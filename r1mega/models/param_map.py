@@ -1,8 +1,8 @@
 """How a Megatron parameter is made of Hugging Face tensors, and back: the operations and the slots of a table.
 
 A family's table (`models/tables/`) declares each parameter once. An operation knows both directions and the cut:
-`to_megatron` makes one shard of the Megatron tensor, `to_hf` undoes it from all shards in order. Both accept meta tensors,
-so shapes of every shard of any layout can be asked for without memory.
+`to_megatron` makes one shard of the Megatron tensor, `to_hf` undoes it from all shards in order. Both accept meta
+tensors, so shapes of every shard of any layout can be asked for without memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Whole:
 
 @dataclass(frozen=True)
 class Cut:
-    """One tensor in equal contiguous parts along `dim`: 0 for a column-parallel weight [out, in], 1 for row-parallel."""
+    """One tensor in equal contiguous parts along `dim`: 0 for a column-parallel weight [out, in], 1 for
+    row-parallel."""
 
     dim: int
 

@@ -1,7 +1,7 @@
 """Scatter a checkpoint into a rank's parameters, and gather parameters back into Hugging Face tensors.
 
-`fill` reads only what the rank holds. `gather` walks the table in its one global order, in buckets of a byte limit: every
-owner broadcasts its shards of a bucket in one message, and whoever wants the tensors puts them together.
+`fill` reads only what the rank holds. `gather` walks the table in its one global order, in buckets of a byte limit:
+every owner broadcasts its shards of a bucket in one message, and whoever wants the tensors puts them together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega.models.hf_fields import HfFields
-from r1mega.models.param_map import HfTensor, Placement, Slot
+from r1mega.models.param_map import Cut, HfTensor, Placement, Slot
 from r1mega.models.tables import placement_of, slots_of
 from r1mega.parallel.groups import Groups
 
@@ -52,10 +52,14 @@ class ShardedModel:
             if name not in named:
                 raise ValueError(f"table of {fields.family}: {slot.name} is {name} here, which the model does not have")
             seen.add(name)
+            if slot.axis is not None:
+                _mark_cut(named[name], slot)
             self.local.append((slot, shard, named[name]))
         missing = sorted(set(named) - seen)
         if missing:
-            raise ValueError(f"table of {fields.family}: the model's {missing[0]} and {len(missing) - 1} more are in no slot")
+            raise ValueError(
+                f"table of {fields.family}: the model's {missing[0]} and {len(missing) - 1} more are in no slot"
+            )
 
     @torch.no_grad()
     def fill(self, source: TensorSource) -> None:
@@ -64,7 +68,9 @@ class ShardedModel:
             tensors = [source.get(tensor) for tensor in slot.tensors]
             value = slot.op.to_megatron(tensors, shard, self.placement.num_shards(slot))
             if value.shape != parameter.shape:
-                raise ValueError(f"{slot.name}: got shape {tuple(value.shape)}; this rank holds {tuple(parameter.shape)}")
+                raise ValueError(
+                    f"{slot.name}: got shape {tuple(value.shape)}; this rank holds {tuple(parameter.shape)}"
+                )
             parameter.copy_(value)
 
     def gather(self, *, wanted: bool = True, bucket_bytes: int = 1 << 28) -> Iterator[tuple[str, torch.Tensor]]:
@@ -131,7 +137,9 @@ class ShardedModel:
             pieces = by_owner[owner]
             sizes = [shapes[id(slot)].numel() * self._dtype_of(slot).itemsize for slot, _ in pieces]
             if owner == self._groups.rank:
-                parts = [values[id(slot), shard].detach().contiguous().view(-1).view(torch.uint8) for slot, shard in pieces]
+                parts = [
+                    values[id(slot), shard].detach().contiguous().view(-1).view(torch.uint8) for slot, shard in pieces
+                ]
                 flat = torch.cat(parts)
             else:
                 flat = torch.empty(sum(sizes), dtype=torch.uint8, device=self._groups.device)
@@ -143,6 +151,17 @@ class ShardedModel:
                 aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
                 result[id(slot), shard] = aligned.view(dtype).view(shapes[id(slot)])
         return result
+
+
+def _mark_cut(parameter: torch.Tensor, slot: Slot) -> None:
+    """Tell Megatron that the ranks of the axis hold different parts.
+
+    Megatron does so only where it initialises the weights itself. Without the mark it takes the parts for copies, and
+    the gradient's norm, which clipping goes by, counts the first rank's alone.
+    """
+    parameter.tensor_model_parallel = True
+    parameter.partition_dim = slot.op.dim if isinstance(slot.op, Cut) else 0
+    parameter.partition_stride = 1
 
 
 def _is_persistent(name: str) -> bool:

@@ -27,7 +27,9 @@ def gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
     return boxes
 
 
-def reduce_dict(values: dict[str, float], group: dist.ProcessGroup, op: dist.ReduceOp = dist.ReduceOp.SUM) -> dict[str, float]:
+def reduce_dict(
+    values: dict[str, float], group: dist.ProcessGroup, op: dist.ReduceOp = dist.ReduceOp.SUM
+) -> dict[str, float]:
     """Reduce numbers by name over the group, in fp64. Every rank must hold the same names."""
     if dist.get_world_size(group) == 1:
         return dict(values)

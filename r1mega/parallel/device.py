@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-_FACTORIES = (
-    "arange empty empty_like eye full full_like linspace ones ones_like rand rand_like randint randn randn_like randperm "
-    "tensor zeros zeros_like as_tensor empty_strided scalar_tensor"
-).split()
+_FACTORIES = """
+    arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like randint randn
+    randn_like randperm scalar_tensor tensor zeros zeros_like
+""".split()
 _METHOD_FACTORIES = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "new_empty_strided")
 _TYPE_NAMES = {
     "torch.FloatTensor": "torch.cuda.FloatTensor",
@@ -226,7 +226,12 @@ def _bridge_collectives() -> None:
 
     @functools.wraps(all_to_all_single)
     def all_to_all_single_ints(
-        output: torch.Tensor, input: torch.Tensor, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes=None,
+        input_split_sizes=None,
+        group=None,
+        async_op=False,
     ) -> Any:
         return all_to_all_single(
             output, input, as_ints(output_split_sizes), as_ints(input_split_sizes), group=group, async_op=async_op

@@ -1,8 +1,8 @@
 """How ranks are cut into tensor, pipeline, expert and data parallel coordinates. No torch, no process group.
 
 The rank order is Megatron-Core's default `tp-cp-ep-dp-pp`: tensor neighbours are consecutive ranks, pipeline stages are
-farthest apart. Dense parameters see the axes (tp, dp, pp); expert parameters cut the same ranks of one pipeline stage as
-(etp, ep, expert dp), so `tp * dp == etp * ep * expert_dp`.
+farthest apart. Dense parameters see the axes (tp, dp, pp); expert parameters cut the same ranks of one pipeline stage
+as (etp, ep, expert dp), so `tp * dp == etp * ep * expert_dp`.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ class Layout:
         ]
         if not shape.num_experts and (self.ep > 1 or self.etp > 1):
             found.append(
-                f"parallel.ep: got ep={self.ep}, etp={self.etp}; this model has no experts; set parallel.ep=1 parallel.etp=1"
+                f"parallel.ep: got ep={self.ep}, etp={self.etp}; this model has no experts; "
+                "set parallel.ep=1 parallel.etp=1"
             )
         return found

@@ -65,8 +65,8 @@ class Collector:
             return
         if self._engine.weight_version != version:
             raise RuntimeError(
-                f"engine of rank {dist.get_rank()}: its weights are version {self._engine.weight_version}, the trainer's "
-                f"{version}; the last publish did not reach it"
+                f"engine of rank {dist.get_rank()}: its weights are version {self._engine.weight_version}, the "
+                f"trainer's {version}; the last publish did not reach it"
             )
         rank = dist.get_rank(self._group)
         # Dealt out in turn, so that neighbours in the file (often alike in length) do not meet on one engine.

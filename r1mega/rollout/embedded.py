@@ -76,8 +76,10 @@ class EmbeddedEngine:
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], weight_version: int) -> None:
         """Replace the weights in place by the tensors of a Hugging Face checkpoint, in any order.
 
-        Raises ValueError as `WeightTable.load`. The engine refuses to run until the next load that succeeds then.
+        Raises ValueError as `WeightTable.load` does; the engine then refuses to run until a load succeeds.
         """
+        if weight_version < 0:
+            raise ValueError(f"weight_version: got {weight_version}, must be at least 0; -1 stands for no weights")
         self._weight_version = -1
         self._weights.load(tensors)
         self._weight_version = weight_version

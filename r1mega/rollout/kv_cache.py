@@ -174,17 +174,26 @@ def _attend_last(
     rows, heads, _, dim = key_NHTD.shape
     query_NHGD = query.reshape(rows, heads, -1, dim)
     scale = dim**-0.5 if scaling is None else scaling
-    if query.device.type == "cpu":
-        # Two batched products beat the fused kernel, which has nothing to fuse for one token and, where keys and values
-        # differ in width (latent attention), falls back to copies: 1.1-4 times, more with more threads.
-        scores = torch.matmul(query_NHGD * scale, key_NHTD.transpose(2, 3)).float()
-        if mask is not None:
-            scores += mask
-        out = torch.matmul(scores.softmax(-1).to(value_NHTD.dtype), value_NHTD)
-    else:
-        bias = None if mask is None else mask.to(query.dtype)
-        out = F.scaled_dot_product_attention(query_NHGD, key_NHTD, value_NHTD, attn_mask=bias, scale=scale)
-    return out.reshape(rows, -1, 1, value_NHTD.shape[-1])
+    # On a CPU two batched products beat the fused kernel, which has nothing to fuse for one token and, where keys and
+    # values differ in width (latent attention), falls back to copies: 1.1-4 times, more with more threads.
+    attention = _products if query.device.type == "cpu" else _fused
+    return attention(query_NHGD, key_NHTD, value_NHTD, mask, scale).reshape(rows, -1, 1, value_NHTD.shape[-1])
+
+
+def _products(
+    query_NHGD: torch.Tensor, key_NHTD: torch.Tensor, value_NHTD: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    scores = torch.matmul(query_NHGD * scale, key_NHTD.transpose(2, 3)).float()
+    if mask is not None:
+        scores += mask
+    return torch.matmul(scores.softmax(-1).to(value_NHTD.dtype), value_NHTD)
+
+
+def _fused(
+    query_NHGD: torch.Tensor, key_NHTD: torch.Tensor, value_NHTD: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    bias = None if mask is None else mask.to(query_NHGD.dtype)
+    return F.scaled_dot_product_attention(query_NHGD, key_NHTD, value_NHTD, attn_mask=bias, scale=scale)
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -90,7 +90,9 @@ class MegatronPolicy:
             group["lr"] = lr
         ok, grad_norm, _ = self._optimizer.step()
         if not ok or not torch.isfinite(torch.tensor(grad_norm)):
-            raise ArithmeticError(f"gradient norm: got {grad_norm}; must be finite; lower optim.lr or look at the batch's rewards")
+            raise ArithmeticError(
+                f"gradient norm: got {grad_norm}; must be finite; lower optim.lr or look at the batch's rewards"
+            )
         return float(grad_norm)
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -172,7 +174,8 @@ class MegatronPolicy:
         return loss(logprobs_R, entropy_R, batch)
 
     def _reduce(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Sums and maxima of the reports over micro-batches and the data-parallel ranks of the last stage, everywhere."""
+        """Sums and maxima of the reports over micro-batches and the data-parallel ranks of the last stage,
+        everywhere."""
         total: dict[str, float] = {}
         if self.groups.is_last_stage and self.groups.coordinate.tp == 0:
             merged = merge_metrics(reports)

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-QUESTIONS = [(f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.\n#### {a + b}") for a in range(1, 7) for b in range(1, 9)]
+QUESTIONS = [
+    (f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.\n#### {a + b}") for a in range(1, 7) for b in range(1, 9)
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,8 @@ def train(*overrides, timeout=280):
 
 def rl_overrides(checkpoint, data, run_dir):
     return [
-        "experiment=r1_zero_gsm8k", f"model.hf={checkpoint}", f"data.train={data}", f"run.dir={run_dir}", "algo.updates=4",
-        "algo.questions_per_round=2", "algo.group_size=4", "rollout.max_tokens=24", "rollout.probe=true",
+        "experiment=r1_zero_gsm8k", f"model.hf={checkpoint}", f"data.train={data}", f"run.dir={run_dir}",
+        "algo.updates=4", "algo.questions_per_round=2", "algo.group_size=4", "rollout.max_tokens=24", "rollout.probe=true",
     ]  # fmt: skip
 
 
@@ -86,7 +88,9 @@ def test_a_skipped_publish_is_caught(checkpoint, questions, tmp_path, updates_pe
 
     run_dir = tmp_path / "run"
     overrides = rl_overrides(checkpoint("qwen2"), questions, run_dir)
-    composed = train(*overrides, "optim.lr=1e-3", f"algo.updates_per_round={updates_per_round}", "--cfg", "job", "--resolve")
+    composed = train(
+        *overrides, "optim.lr=1e-3", f"algo.updates_per_round={updates_per_round}", "--cfg", "job", "--resolve"
+    )
     assert composed.returncode == 0, composed.stderr
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(composed.stdout)

@@ -50,12 +50,16 @@ def _experts(fields: HfFields, layer: int) -> Iterator[Slot]:
     hidden, ffn, experts = fields["hidden_size"], fields["moe_intermediate_size"], fields["n_routed_experts"]
     yield common.linear("mlp.router", "mlp.gate", (experts, hidden), layer, None)
     bias = HfTensor(f"model.layers.{layer}.mlp.gate.e_score_correction_bias", (experts,), "zero")
-    yield Slot(
-        f"decoder.layers.{layer}.mlp.router.expert_bias", (bias,), Whole(), axis=None, layer=layer, fp32=True
-    )
+    yield Slot(f"decoder.layers.{layer}.mlp.router.expert_bias", (bias,), Whole(), axis=None, layer=layer, fp32=True)
     for expert in range(experts):
         yield from common.gated_mlp(
-            f"mlp.experts.local_experts.{expert}", f"mlp.experts.{expert}", hidden, ffn, layer, axis="etp", expert=expert
+            f"mlp.experts.local_experts.{expert}",
+            f"mlp.experts.{expert}",
+            hidden,
+            ffn,
+            layer,
+            axis="etp",
+            expert=expert,
         )
     shared = ffn * fields["n_shared_experts"]
     yield from common.gated_mlp("mlp.shared_experts", "mlp.shared_experts", hidden, shared, layer)

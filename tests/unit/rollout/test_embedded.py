@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -325,6 +326,8 @@ def test_nothing_runs_without_complete_weights(qwen2: Family) -> None:
         engine.generate([Request(0, (1,))], SamplingParams())
     engine.load(qwen2.tensors.items(), 5)
     assert engine.weight_version == 5
+    with pytest.raises(ValueError, match="weight_version: got -1"):
+        engine.load(qwen2.tensors.items(), -1)
     with pytest.raises(ValueError, match="not delivered"):
         engine.load(list(qwen2.tensors.items())[1:], 6)
     assert engine.weight_version == -1
@@ -360,7 +363,12 @@ def test_bfloat16_keeps_the_router_bias_in_float32(tmp_path: Path) -> None:
     buffers = dict(engine.model.named_buffers())
     bias = buffers["model.layers.1.mlp.gate.e_score_correction_bias"]
     assert torch.equal(bias, family.tensors["model.layers.1.mlp.gate.e_score_correction_bias"])
-    (completion,) = engine.generate([Request(0, PROMPTS[2])], SamplingParams(max_tokens=8, seed=0))
+    (completion,) = engine.generate([Request(0, PROMPTS[2])], SamplingParams(max_tokens=60, seed=0))
     forced = family.forced([*PROMPTS[2], *completion.token_ids])[len(PROMPTS[2]) - 1 :]
-    # 8 bits of mantissa through 3 layers of wide weights.
-    assert completion.logprobs == pytest.approx(forced, abs=0.5)
+
+    def median_distance(got: list[float], want: list[float]) -> float:
+        return statistics.median(abs(g - w) for g, w in zip(got, want, strict=True))
+
+    # 8 bits of mantissa; the median, because rounding sends a token to another expert now and then.
+    assert median_distance(completion.logprobs, forced) < 0.1
+    assert median_distance(completion.logprobs[1:], forced[:-1]) > 0.3  # negative control
