@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-_FACTORIES = """
-    arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like randint randn
-    randn_like randperm scalar_tensor tensor zeros zeros_like
-""".split()
+_FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones",
+    "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "scalar_tensor", "tensor", "zeros",
+    "zeros_like",
+)  # fmt: skip
 _METHOD_FACTORIES = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "new_empty_strided")
 _TYPE_NAMES = {
     "torch.FloatTensor": "torch.cuda.FloatTensor",

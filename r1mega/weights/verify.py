@@ -39,8 +39,8 @@ def require_agreement(gap: Gap, tolerance: float, outliers: float, *, version: i
     """
     if not (gap.mean <= tolerance and gap.over <= outliers):
         raise RuntimeError(
-            f"rollout.probe: the engine's log-probs of its samples differ from the trainer's by {gap.mean:.3g} on "
-            f"average and {gap.max:.3g} at most (sample {gap.worst_sample} of the round), {gap.over:.2%} of the tokens by "
-            f"more than rollout.probe_tolerance={tolerance:g}, at weight version {version}; at most {outliers:.2%} may; "
-            "the engine is not generating with the trainer's weights"
+            f"rollout.probe: the engine's log-probs of its samples differ from the trainer's by "
+            f"{gap.mean:.3g} on average and {gap.max:.3g} at most (sample {gap.worst_sample} of the round), "
+            f"{gap.over:.2%} of the tokens by more than rollout.probe_tolerance={tolerance:g}, at weight version "
+            f"{version}; at most {outliers:.2%} may; the engine is not generating with the trainer's weights"
         )

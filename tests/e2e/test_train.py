@@ -28,7 +28,10 @@ def train(*overrides, timeout=280):
 def rl_overrides(checkpoint, data, run_dir):
     return [
         "experiment=r1_zero_gsm8k", f"model.hf={checkpoint}", f"data.train={data}", f"run.dir={run_dir}",
-        "algo.updates=4", "algo.questions_per_round=2", "algo.group_size=4", "rollout.max_tokens=24", "rollout.probe=true",
+        "algo.updates=4", "algo.questions_per_round=2", "algo.group_size=4", "rollout.max_tokens=24",
+        "rollout.probe=true",
+        # A random model earns nothing, so the gradient is zero: decay is what moves its weights, by 1% an update.
+        "optim.lr=1e-3", "optim.weight_decay=10",
     ]  # fmt: skip
 
 
@@ -44,14 +47,14 @@ def test_two_rounds_of_rl(checkpoint, questions, tmp_path, family, layout):
     source, run_dir = checkpoint(family), tmp_path / "run"
     result = train(
         *rl_overrides(source, questions, run_dir), f"parallel={layout}", f"data.eval={questions}", "data.eval_limit=4",
-        "rollout.engines=" + ("2" if layout != "single" else "1"), "optim.lr=1e-3", "algo.reference_refresh=2",
+        "rollout.engines=" + ("2" if layout != "single" else "1"), "algo.reference_refresh=2",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["updates"], summary["rounds"]) == (4, 2)
     assert summary["pass_at_1_first"] is not None
     gaps = [record["sync/logprob_gap_max"] for record in metrics_of(run_dir) if "sync/logprob_gap_max" in record]
-    # In every round the engine generates with the trainer's weights, although each update moved them by 1e-3.
+    # In every round the engine generates with the trainer's weights, although each update moved them by 1%.
     assert len(gaps) == 2
     assert max(gaps) <= 1e-4
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
@@ -89,7 +92,7 @@ def test_a_skipped_publish_is_caught(checkpoint, questions, tmp_path, updates_pe
     run_dir = tmp_path / "run"
     overrides = rl_overrides(checkpoint("qwen2"), questions, run_dir)
     composed = train(
-        *overrides, "optim.lr=1e-3", f"algo.updates_per_round={updates_per_round}", "--cfg", "job", "--resolve"
+        *overrides, f"algo.updates_per_round={updates_per_round}", "--cfg", "job", "--resolve"
     )
     assert composed.returncode == 0, composed.stderr
     run_dir.mkdir()

@@ -11,8 +11,9 @@ from r1mega.models import hf_fields
 # DeepSeek-V3's published config.json, less its quantization and its multi-token-prediction layer.
 V3 = {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 7168,
-    "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128,
-    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
+    "num_key_value_heads": 128, "q_lora_rank": 1536,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "rms_norm_eps": 1e-6,
     "max_position_embeddings": 163840, "rope_theta": 10000,
     "rope_scaling": {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
@@ -27,8 +28,8 @@ V3 = {
 QWEN2 = {
     "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
     "num_attention_heads": 12, "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6,
-    "vocab_size": 151936, "max_position_embeddings": 4096, "rope_theta": 10000, "tie_word_embeddings": True, "use_sliding_window": False,
-    "sliding_window": 4096, "max_window_layers": 21, "torch_dtype": "bfloat16",
+    "vocab_size": 151936, "max_position_embeddings": 4096, "rope_theta": 10000, "tie_word_embeddings": True,
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 21, "torch_dtype": "bfloat16",
 }  # fmt: skip
 
 
