@@ -16,9 +16,14 @@ PYTHON ?= python3
 ifeq ($(DEVICE),cuda)
 VENV ?= .venv-cuda
 TORCH_PIP_ARGS ?=
+# NCCL wants a GPU for each process: one process here, more with e.g. LAYOUT='parallel.tp=2 parallel.ep=2'.
+LAYOUT ?= parallel=single
+ENGINES ?= 1
 else
 VENV ?= .venv
 TORCH_PIP_ARGS ?= --extra-index-url https://download.pytorch.org/whl/cpu
+LAYOUT ?= parallel=tp2_pp2_ep2
+ENGINES ?= 2
 endif
 
 ifeq ($(origin PY),undefined)
@@ -50,9 +55,9 @@ demo: $(STAMP)
 	    fi
 	done
 	$(PY) tools/make_toy.py --out "$(RUNS)/toy"
-	$(R1MEGA) train experiment=toy_base device=$(DEVICE) run.seed=$(SEED) run.dir="$(RUNS)/toy_base" \
+	$(R1MEGA) train experiment=toy_base device=$(DEVICE) $(LAYOUT) run.seed=$(SEED) run.dir="$(RUNS)/toy_base" \
 	    model.hf="$(RUNS)/toy/base_config" data.train="$(RUNS)/toy/sft.jsonl"
-	$(R1MEGA) train experiment=toy device=$(DEVICE) run.seed=$(SEED) run.dir="$(RUNS)/demo" \
+	$(R1MEGA) train experiment=toy device=$(DEVICE) $(LAYOUT) rollout.engines=$(ENGINES) run.seed=$(SEED) run.dir="$(RUNS)/demo" \
 	    model.hf="$(RUNS)/toy_base/hf" data.train="$(RUNS)/toy/train.jsonl" data.eval="$(RUNS)/toy/eval.jsonl"
 	echo "curves, samples and summary: $(RUNS)/demo"
 

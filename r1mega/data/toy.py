@@ -18,13 +18,13 @@ NO_WORK = "."  # what stands in the thinking part when the answer is given at on
 class Mixture:
     """Shares of the base model's corpus. The shares of work styles add up to 1."""
 
-    direct: float = 0.5
+    direct: float = 0.6
     """The answer at once, without work."""
-    partial: float = 0.22
+    partial: float = 0.2
     """Work for the last one or two digits only."""
-    full: float = 0.22
+    full: float = 0.15
     """Work for every digit."""
-    twice: float = 0.06
+    twice: float = 0.05
     """Work for every digit, written two times."""
     wrong_digit: float = 0.01
     """Chance of each digit of a result (in the work or in the answer) to be replaced by a random one."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+
 from r1mega.config import checkpoint_files
+from r1mega.config.check import longest_response
 from r1mega.config.schema import Config, Init, Loop
 from r1mega.data.prompts import read_qa, tokenize_prompts
 from r1mega.data.sft import read_sft, tokenize_sft
 from r1mega.models import hf_fields
+from r1mega.models.hf_fields import HfFields
+from r1mega.types import Prompt
 
 
 def check_tokens(config: Config) -> list[str]:
@@ -14,15 +20,43 @@ def check_tokens(config: Config) -> list[str]:
     from r1mega.loop.wire import load_tokenizer
 
     tokenizer = load_tokenizer(config)
+    fields = hf_fields.read(config.model.hf)
     data, template = config.data, str(config.data.template)
     if config.stage.loop is Loop.sft:
-        tokenize_sft(read_sft(data.train), tokenizer, template, config.sft.max_length)
-        return []
+        examples = tokenize_sft(read_sft(data.train), tokenizer, template, config.sft.max_length)
+        return _check_vocabulary((example.token_ids for example in examples), fields)
+    faults = []
     for path in (data.train, data.eval):
         if path is not None:
-            prompts = read_qa(path, data.question_key, data.answer_key)
-            tokenize_prompts(prompts, tokenizer, template, data.max_prompt_tokens)
-    return []
+            rows = read_qa(path, data.question_key, data.answer_key)
+            prompts = tokenize_prompts(rows, tokenizer, template, data.max_prompt_tokens)
+            faults += _check_vocabulary((prompt.token_ids for prompt in prompts), fields)
+            faults += _check_positions(prompts, config, fields)
+    return faults
+
+
+def _check_vocabulary(sequences: Iterable[Sequence[int]], fields: HfFields) -> list[str]:
+    largest, size = max(max(token_ids) for token_ids in sequences), fields["vocab_size"]
+    if largest < size:
+        return []
+    return [
+        f"model.tokenizer: it gives token id {largest}; the model's vocab_size is {size}; "
+        "use the tokenizer that belongs to the model"
+    ]
+
+
+def _check_positions(prompts: Sequence[Prompt], config: Config, fields: HfFields) -> list[str]:
+    """The longest prompt with the longest response behind it has a position for every token."""
+    name, response = longest_response(config)
+    positions = fields["max_position_embeddings"]
+    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+    total = len(longest.token_ids) + response
+    if total <= positions:
+        return []
+    return [
+        f"{name}: got {response}; {longest.id} has {len(longest.token_ids)} prompt tokens, together {total}; "
+        f"the model's max_position_embeddings is {positions}; lower {name} or take the longest prompts out of the file"
+    ]
 
 
 def check_tensors(config: Config) -> list[str]:
@@ -47,9 +81,21 @@ def check_tensors(config: Config) -> list[str]:
                 f"model.hf: {name}: got shape {list(found[name])}; config.json makes it {list(expected[name])}; "
                 "use the config.json that belongs to these weights"
             )
-    for name in sorted(set(found) - set(expected)):
+    extra = [name for name in found if _layer(name) >= fields["num_hidden_layers"]]
+    if extra:
+        faults.append(
+            f"model.hf: {config.model.hf} holds a multi-token-prediction layer ({extra[0]}, {len(extra)} tensors); "
+            "this version neither trains nor exports it; leave these tensors out of a copy of the checkpoint"
+        )
+    for name in sorted(set(found) - set(expected) - set(extra)):
         faults.append(f"model.hf: {config.model.hf} holds tensor {name}; a {fields.family} model has none of that name")
     shown = 10
     return faults[:shown] + (
         [f"model.hf: {len(faults) - shown} more tensors like these"] if len(faults) > shown else []
     )
+
+
+def _layer(name: str) -> int:
+    """The layer a tensor's name speaks of; -1 for none."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1

@@ -38,6 +38,9 @@ _INERT = {
     "output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "is_encoder_decoder",
     "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "sliding_window", "max_window_layers",
     "_attn_implementation_autoset", "tokenizer_class", "decoder_start_token_id", "_experts_implementation",
+    # Multi-token prediction adds layers after the model, which its own forward pass does not use. transformers writes 1
+    # even where there are none; a checkpoint that holds their tensors is refused by those.
+    "num_nextn_predict_layers", "num_mtp_layers",
 }  # fmt: skip
 # Fields honoured at one value only.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -53,15 +56,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "norm_topk_prob": (True,),
     "rope_interleave": (True,),
     "quantization_config": (None,),
-    "num_nextn_predict_layers": (0, None),
-    "num_mtp_layers": (0, None),
 }
-_WITHOUT_MTP = "set it to 0 in a copy of config.json: the multi-token-prediction layer is then left out"
-_REMEDY = {
-    "quantization_config": "convert the checkpoint to bf16 first",
-    "num_nextn_predict_layers": _WITHOUT_MTP,
-    "num_mtp_layers": _WITHOUT_MTP,
-}
+_REMEDY = {"quantization_config": "convert the checkpoint to bf16 first"}
 _ROPE_KEYS = {
     "default": set(),
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},

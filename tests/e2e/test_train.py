@@ -91,9 +91,7 @@ def test_a_skipped_publish_is_caught(checkpoint, questions, tmp_path, updates_pe
 
     run_dir = tmp_path / "run"
     overrides = rl_overrides(checkpoint("qwen2"), questions, run_dir)
-    composed = train(
-        *overrides, f"algo.updates_per_round={updates_per_round}", "--cfg", "job", "--resolve"
-    )
+    composed = train(*overrides, f"algo.updates_per_round={updates_per_round}", "--cfg", "job", "--resolve")
     assert composed.returncode == 0, composed.stderr
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(composed.stdout)

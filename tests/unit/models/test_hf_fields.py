@@ -62,7 +62,6 @@ def test_absent_optional_fields():
     [
         (V3, {"model_type": "mixtral"}, "model_type: got 'mixtral'; must be one of"),
         (V3, {"quantization_config": {"fmt": "e4m3"}}, "quantization_config"),
-        (V3, {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers: got 1"),
         (V3, {"norm_topk_prob": False}, "norm_topk_prob: got False"),
         (V3, {"scoring_func": "softmax"}, "scoring_func"),
         (V3, {"attention_bias": True}, "attention_bias"),

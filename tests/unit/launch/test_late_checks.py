@@ -1,0 +1,85 @@
+"""Checks of whole files against the model: tensors, tokens, positions."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from r1mega.config import schema
+from r1mega.launch.late_checks import check_tensors, check_tokens
+
+
+@pytest.fixture
+def config(checkpoint, tmp_path):
+    def make(source, rows=({"question": "1+1?", "answer": "2"},), **positions):
+        config = schema.Config()
+        config.stage.loop, config.model.init = schema.Loop.rl, schema.Init.load
+        config.data.format = schema.DataFormat.qa
+        config.model.hf, config.data.train = str(source), str(tmp_path / "train.jsonl")
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config.rollout.max_tokens = 64
+        config.data.max_prompt_tokens = 2000
+        return config
+
+    return make
+
+
+def altered(source, target, change):
+    """A copy of a checkpoint whose tensors `change` has edited."""
+    target.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (target / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_a_sound_checkpoint_passes(checkpoint, config):
+    for family in ("deepseek_v3", "qwen2", "llama"):
+        assert check_tensors(config(checkpoint(family))) == []
+        assert check_tokens(config(checkpoint(family))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"),
+            "lacks tensor model.layers.1.self_attn.k_proj.weight",
+        ),
+        (lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()}), "got shape [63]"),
+        (lambda t: t.update({"model.norm.bias": t["model.norm.weight"].clone()}), "holds tensor model.norm.bias"),
+        (lambda t: t.update({"model.layers.4.enorm.weight": t["model.norm.weight"].clone()}), "multi-token-prediction"),
+    ],
+)
+def test_tensors_that_do_not_fit(checkpoint, config, tmp_path, change, words):
+    source = altered(checkpoint("llama"), tmp_path / "model", change)
+    (fault,) = check_tensors(config(source))
+    assert words in fault
+
+
+def test_a_prompt_over_the_limit_is_named_by_its_line(checkpoint, config):
+    made = config(
+        checkpoint("llama"), rows=[{"question": "1+1?", "answer": "2"}, {"question": "x" * 3000, "answer": "2"}]
+    )
+    with pytest.raises(ValueError, match=r"train\.jsonl:2: the prompt has \d+ tokens"):
+        check_tokens(made)
+
+
+def test_prompt_and_response_need_positions(checkpoint, config):
+    made = config(checkpoint("llama"))
+    made.rollout.max_tokens = 1900
+    (fault,) = check_tokens(made)
+    assert "max_position_embeddings is 2048" in fault
+    assert "train.jsonl:1" in fault
+
+
+def test_a_tokenizer_of_another_model(checkpoint, config):
+    (fault, *_) = check_tokens(
+        config(checkpoint("llama", vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    )
+    assert "the model's vocab_size is 64" in fault
