@@ -35,6 +35,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("rollout.max_tokens", ((">=", 1),)),
     ("rollout.max_batch", ((">=", 1),)),
     ("rollout.probe_tolerance", ((">", 0),)),
+    ("rollout.probe_outliers", ((">=", 0), ("<=", 1))),
     ("algo.group_size", ((">=", 2),)),
     ("algo.questions_per_round", ((">=", 1),)),
     ("algo.updates_per_round", ((">=", 1),)),
@@ -204,6 +205,11 @@ def _check_batch(config: Config) -> Iterator[Fault]:
         constraint = f"must be whole rounds of algo.updates_per_round={parts} updates"
         nearest = max(1, round(algo.updates / parts)) * parts
         yield Fault("algo.updates", str(algo.updates), constraint, f"use for example {nearest}")
+    if algo.reference_refresh % parts:
+        # The reference's log-probs are worked out once a round, before its first update.
+        constraint = f"must be whole rounds of algo.updates_per_round={parts} updates"
+        nearest = max(1, round(algo.reference_refresh / parts)) * parts
+        yield Fault("algo.reference_refresh", str(algo.reference_refresh), constraint, f"use for example {nearest}")
 
 
 def _check_lengths(config: Config) -> Iterator[Fault]:

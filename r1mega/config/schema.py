@@ -62,7 +62,7 @@ class ModelConfig:
 @dataclass
 class ParallelConfig:
     tp: int = 1
-    """Tensor parallel size."""
+    """Tensor parallel size. Above 1 the sequence is split between tensor parallel regions as well."""
     pp: int = 1
     """Pipeline parallel size."""
     ep: int = 1
@@ -71,8 +71,6 @@ class ParallelConfig:
     """Tensor parallel size inside one expert, cut out of tp x dp."""
     dp: int = 1
     """Data parallel size. The run has tp x pp x dp training processes."""
-    sequence_parallel: bool = True
-    """Split activations along the sequence between tensor parallel regions; takes effect with tp > 1."""
 
     @property
     def world_size(self) -> int:

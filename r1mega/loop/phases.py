@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,12 +92,10 @@ def measure_gap(run: RlRun, samples: Sequence[Sample], trainer: Sequence[torch.T
         verify.require_agreement(gap, rollout.probe_tolerance, rollout.probe_outliers, version=run.state.update)
 
 
-def split_round(run: RlRun, batch: RoundBatch) -> Iterator[list[int]]:
+def split_round(run: RlRun, batch: RoundBatch) -> list[list[int]]:
     """Indices of the samples of each update of the round: a random split of all of them."""
-    algo = run.config.algo
-    updates = min(algo.updates_per_round, algo.updates - run.state.update)
     seed = derive(run.config.run.seed, "split", run.state.round)
-    yield from split_updates(len(batch.samples), algo.updates_per_round, seed=seed)[:updates]
+    return split_updates(len(batch.samples), run.config.algo.updates_per_round, seed=seed)
 
 
 def update(run: RlRun, batch: RoundBatch, samples: list[int]) -> None:

@@ -124,6 +124,11 @@ def test_all_faults_are_reported_together(good: Config) -> None:
             "algo.updates: got 10; must be whole rounds of algo.updates_per_round=4 updates; use for example 8",
         ),
         (
+            {"algo__reference_refresh": 6, "algo__updates_per_round": 4},
+            "algo.reference_refresh: got 6; must be whole rounds of algo.updates_per_round=4 updates; "
+            "use for example 8",
+        ),
+        (
             {"algo__questions_per_round": 1, "algo__group_size": 2, "algo__updates_per_round": 2, "parallel__dp": 2},
             "algo.updates_per_round: got 1 samples an update (questions_per_round=1 x group_size=2 = 2 samples, "
             "2 updates); must be at least parallel.dp=2: each replica needs a sample; "
