@@ -40,7 +40,7 @@ def tokenize_prompts(
         if len(token_ids) > max_prompt_tokens:
             raise ValueError(
                 f"{prompt.id}: the prompt has {len(token_ids)} tokens with template {template!r}, the limit is "
-                f"{max_prompt_tokens}; raise the limit of prompt tokens or take this row out of the file"
+                f"{max_prompt_tokens}; raise data.max_prompt_tokens or take this row out of the file"
             )
         tokenized.append(replace(prompt, token_ids=tuple(token_ids)))
     return tokenized

@@ -64,7 +64,7 @@ def tokenize_sft(
         if num_tokens > max_tokens:
             raise ValueError(
                 f"{row.id}: prompt and response have {num_tokens} tokens with template {template!r}, the limit is "
-                f"{max_tokens}; raise the limit of tokens per sequence or take this row out of the file"
+                f"{max_tokens}; raise sft.max_length or take this row out of the file"
             )
         mask = (0,) * len(prompt) + (1,) * len(response)
         examples.append(SftExample(token_ids=(*prompt, *response), loss_mask=mask))

@@ -39,7 +39,7 @@ def test_an_example_over_the_limit_is_refused() -> None:
     # r1_zero prompt of a 3 character question: 5 tokens; response: 4 tags, ".", "1", end of sequence: 7 tokens.
     assert len(tokenize_sft(ROWS[:1], TOKENIZER, "r1_zero", max_tokens=12)[0].token_ids) == 12
     with pytest.raises(
-        ValueError, match=r"f:0: prompt and response have 12 tokens .* the limit is 11; raise the limit"
+        ValueError, match=r"f:0: prompt and response have 12 tokens .* the limit is 11; raise sft.max_length"
     ):
         tokenize_sft(ROWS[:1], TOKENIZER, "r1_zero", max_tokens=11)
 
