@@ -1,4 +1,4 @@
-"""Seconds of one GRPO step: r1mega and TRL's GRPOTrainer take turns in one process on the CPU.
+"""Seconds of one GRPO step: r1mega and TRL's GRPOTrainer take turns on the CPU.
 
     python -m benchmarks.grpo_step --family qwen2 --lengths both --steps 10 --json step.json
 
@@ -6,8 +6,9 @@ Both systems have the same random checkpoint of about one million parameters, th
 same forced completion lengths, the same reward, fp32, a KL term (so a reference forward), one update a rollout and no
 gradient checkpointing. `--lengths equal` is 48 tokens each; `mixed` is drawn log-uniformly from 8 to 256 tokens.
 
-Systems are stepped in turn (A B A B ...), so that another busy process slows both alike; medians are over steps, and
-the comparison is the median of the ratios of neighbouring steps. TRL is an extra: `pip install -e '.[bench]'`.
+Each system has one process of its own, and they are stepped in turn (A B A B ...), so that another busy process slows
+both alike; medians are over steps, and the comparison is the median of the ratios of neighbouring steps.
+TRL is an extra: `pip install -e '.[bench]'`.
 """
 
 from __future__ import annotations
@@ -19,29 +20,29 @@ import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-import torch
-
+from benchmarks.isolated import PEERS, IsolatedPeer
 from benchmarks.models import FAMILIES, ModelSize, make_model
 from benchmarks.workload import PHASES, REGIMES, Peer, StepReport, make_lengths, make_prompts
 
-# Where each system's peer stands; imported only when asked for, as TRL need not be installed.
-PEERS = {"r1mega": ("benchmarks.r1mega_peer", "R1megaPeer"), "trl": ("benchmarks.trl_peer", "TrlPeer")}
 PACKAGES = ("torch", "transformers", "megatron-core", "trl")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model family under one regime of lengths, and the steps each system took, in order."""
+    """One model family under one regime of lengths: the steps each system took, in order, and its peak memory (bytes).
+
+    Memory is the resident size of the whole process, Python and libraries included.
+    """
 
     family: str
     regime: str
     size: ModelSize
     steps: dict[str, list[StepReport]]
+    peak_memory: dict[str, int]
 
 
 def take_turns(peers: Sequence[Peer], num_steps: int, num_warmup: int) -> dict[str, list[StepReport]]:
@@ -59,28 +60,19 @@ def take_turns(peers: Sequence[Peer], num_steps: int, num_warmup: int) -> dict[s
 def run_case(family: str, regime: str, systems: Sequence[str], options: argparse.Namespace) -> Case:
     """Make the checkpoint, start the systems on it, and let them take turns."""
     lengths, prompts = make_lengths(regime, options.seed), make_prompts(options.seed)
-    peers: list[Peer] = []
+    peers: list[IsolatedPeer] = []
     with tempfile.TemporaryDirectory(prefix="grpo-step-") as folder:
         size = make_model(family, Path(folder), options.seed)
         try:
             for system in systems:
-                module, name = PEERS[system]
-                make_peer = getattr(import_module(module), name)
-                peers.append(
-                    make_peer(
-                        model_dir=Path(folder),
-                        prompts=prompts,
-                        lengths=lengths,
-                        kl=options.kl,
-                        threads=options.threads,
-                        seed=options.seed,
-                    )
-                )
+                arguments = {"model_dir": Path(folder), "prompts": prompts, "lengths": lengths, "kl": options.kl}
+                peers.append(IsolatedPeer(system, arguments | {"threads": options.threads, "seed": options.seed}))
             steps = take_turns(peers, options.steps, options.warmup)
         finally:
             for peer in peers:
                 peer.close()
-    return Case(family=family, regime=regime, size=size, steps=steps)
+    memory = {peer.name: peer.peak_memory for peer in peers}
+    return Case(family=family, regime=regime, size=size, steps=steps, peak_memory=memory)
 
 
 def median_report(steps: Sequence[StepReport]) -> dict[str, float]:
@@ -103,12 +95,12 @@ def speed_ratios(case: Case) -> list[float]:
 def table(case: Case) -> str:
     """The case as text: one row for each system, in seconds."""
     tokens = next(iter(case.steps.values()))[0].completion_tokens
-    header = ["system", "tok/s", "step", *(phase.replace("_", " ") for phase in PHASES)]
+    header = ["system", "tok/s", "step", *(phase.replace("_", " ") for phase in PHASES), "MiB"]
     rows = [header]
     for system, steps in case.steps.items():
         medians = median_report(steps)
         seconds = [f"{medians[key]:.3f}" for key in ("seconds", *PHASES)]
-        rows.append([system, f"{medians['tokens_per_second']:.0f}", *seconds])
+        rows.append([system, f"{medians['tokens_per_second']:.0f}", *seconds, str(case.peak_memory[system] >> 20)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     title = f"{case.family}, {case.regime} lengths: {tokens} completion tokens a step, {case.size.total:,} parameters"
@@ -172,7 +164,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print a table for each case."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
     families = FAMILIES if options.family == "both" else (options.family,)
     regimes = REGIMES if options.lengths == "both" else (options.lengths,)
     cases = []

@@ -4,11 +4,16 @@ The step is TRL's own: `GRPOTrainer.train()` runs in a thread of its own and sto
 for the next one. It is subclassed to read the clock around its phases, and its `generate` is given one more logits
 processor, which ends row i at its appointed length. Nothing else is changed.
 
-What was chosen, and why (torch 2.13, transformers 5.23, TRL 1.16, two CPU cores; the benchmark's machine):
+What was chosen, and why. The figures are CPU seconds of a step (or of what is named) on one core, with torch 2.13,
+transformers 5.23, TRL 1.16 and the models of `benchmarks.models`; "mixed" and "equal" are the regimes of lengths.
 
-- fp32 and no gradient checkpointing. TRL's defaults are bf16 and checkpointing, both slower here.
-- `attn_implementation="sdpa"` and, for a mixture of experts, `experts_implementation="grouped_mm"`: see `EXPERTS`.
-- `generate` with the dynamic KV cache. vLLM needs a GPU.
+- fp32, as both systems are, and no gradient checkpointing, which TRL has on by default and which only costs time here.
+- 16 sequences at a time in the forwards and the backward, added up to one update. qwen2 mixed, for 128, 32, 16 and 8 at
+  a time: 11.4, 10.4, 10.1 and 9.8 s; equal is indifferent. TRL pads all of them to the longest either way.
+- sdpa attention for qwen2 (mixed: 10.3 s, eager 11.7 s); eager attention for deepseek_v3 (mixed: 20.1 s, sdpa 22.4 s).
+- grouped_mm experts, the default of transformers. deepseek_v3 mixed: 20.1 s, eager 20.8 s.
+- all 128 rows in one `generate`, with the dynamic KV cache. The static cache was no faster with qwen2 and slower with
+  deepseek_v3; continuous batching took 12.4 s to generate 48 tokens a row where this takes 0.6 s. vLLM needs a GPU.
 - fused AdamW, no weight decay, gradient norm clipped at 1.
 - `loss_type="grpo"`, two-sided clip 0.2, one update a rollout: old log-probs are then the policy's own, so TRL skips
   their forward, and a step is generation, the reference's forward, the policy's forward and backward, and AdamW.
@@ -31,8 +36,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from accelerate import DistributedType
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     LogitsProcessor,
     LogitsProcessorList,
@@ -45,8 +52,33 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.workload import PHASES, StepReport, reward
 
-EXPERTS = "grouped_mm"
 STEPS_PER_EPOCH = 64
+MICRO_BATCH_ROWS = 16
+ATTENTION = {"qwen2": "sdpa", "deepseek_v3": "eager"}
+
+FIXED_ARGUMENTS: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "shuffle_dataset": False,
+    "temperature": 1.0,
+    "epsilon": 0.2,
+    "loss_type": "grpo",
+    "scale_rewards": "group",
+    "use_bias_correction_kl": False,
+    "num_iterations": 1,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "optim": "adamw_torch_fused",
+    "max_steps": 1_000_000,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
 
 
 class PhaseClock:
@@ -182,8 +214,8 @@ class TrlPeer:
 
     `lengths` has one entry per completion, prompt by prompt, and its length is a multiple of that of `prompts`.
     `micro_batch_rows` sequences pass through the model at once in the log-prob forwards and the backward; generation
-    takes all at once. The default, None, is what was fastest (see `BEST_MICRO_BATCH_ROWS`). `overrides` replace
-    arguments of GRPOConfig; `model_kwargs` replace those of `from_pretrained`.
+    takes all at once. `overrides` replace arguments of GRPOConfig, `model_kwargs` those of `from_pretrained`: for
+    trying other choices than the module's. Raises ValueError on numbers of rows that do not divide.
     """
 
     name = "trl"
@@ -196,7 +228,7 @@ class TrlPeer:
         kl: float = 0.001,
         threads: int = 2,
         seed: int = 0,
-        micro_batch_rows: int | None = None,
+        micro_batch_rows: int = MICRO_BATCH_ROWS,
         overrides: dict[str, Any] | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -205,9 +237,10 @@ class TrlPeer:
             raise ValueError(
                 f"lengths: got {num_rows} for {len(prompts)} prompts, GRPO needs the same number, 2 or more, for each"
             )
-        micro_batch_rows = micro_batch_rows or num_rows
         if num_rows % micro_batch_rows:
             raise ValueError(f"micro_batch_rows: got {micro_batch_rows}, must divide the {num_rows} rows of a step")
+        family = AutoConfig.from_pretrained(model_dir).model_type
+        attention = ATTENTION.get(family, "sdpa")
         self._threads = threads
         self._num_tokens = sum(lengths)
         self._clock = PhaseClock()
@@ -222,7 +255,7 @@ class TrlPeer:
             "max_completion_length": max(lengths),
             "beta": kl,
             "seed": seed,
-            "model_init_kwargs": {"dtype": "float32", "attn_implementation": "sdpa", **(model_kwargs or {})},
+            "model_init_kwargs": {"dtype": "float32", "attn_implementation": attention, **(model_kwargs or {})},
             **FIXED_ARGUMENTS,
             **(overrides or {}),
         }
@@ -237,6 +270,7 @@ class TrlPeer:
             lengths=lengths,
         )
         self._trainer.remove_callback(PrinterCallback)
+        assert self._trainer.accelerator.distributed_type == DistributedType.NO, "one process, not a world of one"
         self._thread = threading.Thread(target=self._train, name="trl-peer", daemon=True)
         self._thread.start()
         self._wait()
@@ -273,28 +307,3 @@ class TrlPeer:
             self._go_on.put(False)
             self._thread.join()
         self._folder.cleanup()
-
-
-FIXED_ARGUMENTS: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "shuffle_dataset": False,
-    "temperature": 1.0,
-    "epsilon": 0.2,
-    "loss_type": "grpo",
-    "scale_rewards": "group",
-    "use_bias_correction_kl": False,
-    "num_iterations": 1,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "constant",
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
-    "optim": "adamw_torch_fused",
-    "max_steps": 1_000_000,
-    "save_strategy": "no",
-    "logging_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-}

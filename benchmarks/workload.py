@@ -15,8 +15,9 @@ MIXED_SHORTEST = 8
 MIXED_LONGEST = 256
 REGIMES = ("equal", "mixed")
 
-# "other" is what stands in none of the named phases: rewards, advantages, padding, the trainer's own loop.
-PHASES = ("generate", "reference_forward", "policy_forward", "backward", "optimizer", "other")
+# "publish" hands the new weights to a generator that has its own copy. "other" is what stands in no named phase:
+# rewards, advantages, padding, the trainer's own loop.
+PHASES = ("generate", "reference_forward", "policy_forward", "backward", "optimizer", "publish", "other")
 
 
 @dataclass(frozen=True)

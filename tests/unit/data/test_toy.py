@@ -90,8 +90,8 @@ def test_the_corpus_is_fixed_by_its_seed() -> None:
 
 
 def test_shares_that_do_not_add_up_are_refused() -> None:
-    with pytest.raises(ValueError, match="must add up to 1, got 1.4"):
-        Mixture(direct=0.95)
+    with pytest.raises(ValueError, match="must add up to 1, got 1.2"):
+        Mixture(direct=0.6, partial=0.2, full=0.2, twice=0.2)
 
 
 def test_the_published_prompt_costs_two_tokens_and_a_tag_one() -> None:
