@@ -1,8 +1,10 @@
 """TRL's GRPOTrainer as the other system in the GRPO step benchmark.
 
-The step is TRL's own: `GRPOTrainer.train()` runs in a thread of its own and stops between two steps until it is asked
-for the next one. It is subclassed to read the clock around its phases, and its `generate` is given one more logits
-processor, which ends row i at its appointed length. Nothing else is changed.
+The step is TRL's own: `GRPOTrainer.train()` runs in a greenlet, which stands still between two steps until it is asked
+for the next one. (A thread would bring OpenMP workers of its own, next to the main thread's; where the two together
+outnumber the cores, OpenMP puts its workers to sleep between two operations, and a busy machine is slow to wake them.)
+The trainer is subclassed to read the clock around its phases, and its `generate` is given one more logits processor,
+which ends row i at its appointed length. Nothing else is changed.
 
 What was chosen, and why. The figures are CPU seconds of a step (or of what is named) on one core, with torch 2.13,
 transformers 5.23, TRL 1.16 and the models of `benchmarks.models`; "mixed" and "equal" are the regimes of lengths.
@@ -24,9 +26,7 @@ from __future__ import annotations
 
 import functools
 import os
-import queue
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +38,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from accelerate import DistributedType
 from datasets import Dataset
+from greenlet import greenlet
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -178,21 +179,19 @@ class TimedTrainer(GRPOTrainer):
 
 
 class TakeTurns(TrainerCallback):
-    """Stops the trainer between two steps, and times AdamW and the zeroing of the gradients."""
+    """Gives way to whoever resumed the trainer between two steps, and times AdamW and the zeroing of the gradients."""
 
-    def __init__(self, clock: PhaseClock, ready: queue.SimpleQueue, go_on: queue.SimpleQueue) -> None:
+    def __init__(self, clock: PhaseClock) -> None:
         self._clock = clock
-        self._ready = ready
-        self._go_on = go_on
         self._optimizer_began = 0.0
 
-    def _wait(self, control: TrainerControl) -> None:
-        self._ready.put(None)
-        control.should_training_stop = not self._go_on.get()
+    def _give_way(self, control: TrainerControl) -> None:
+        go_on = greenlet.getcurrent().parent.switch()
+        control.should_training_stop = not go_on
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Everything is built; wait for the first step to be asked for."""
-        self._wait(control)
+        self._give_way(control)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Gradients are clipped; AdamW comes next."""
@@ -201,7 +200,7 @@ class TakeTurns(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """The gradients are zeroed; hand over, and wait for the next step to be asked for."""
         self._clock.add("optimizer", time.perf_counter() - self._optimizer_began)
-        self._wait(control)
+        self._give_way(control)
 
 
 def even_share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -241,11 +240,9 @@ class TrlPeer:
             raise ValueError(f"micro_batch_rows: got {micro_batch_rows}, must divide the {num_rows} rows of a step")
         family = AutoConfig.from_pretrained(model_dir).model_type
         attention = ATTENTION.get(family, "sdpa")
-        self._threads = threads
+        torch.set_num_threads(threads)
         self._num_tokens = sum(lengths)
         self._clock = PhaseClock()
-        self._ready: queue.SimpleQueue = queue.SimpleQueue()
-        self._go_on: queue.SimpleQueue = queue.SimpleQueue()
         self._folder = tempfile.TemporaryDirectory(prefix="trl-peer-")
         arguments = {
             "output_dir": self._folder.name,
@@ -265,45 +262,29 @@ class TrlPeer:
             args=GRPOConfig(**arguments),
             train_dataset=Dataset.from_dict({"prompt": list(prompts) * STEPS_PER_EPOCH}),
             reward_funcs=even_share,
-            callbacks=[TakeTurns(self._clock, self._ready, self._go_on)],
+            callbacks=[TakeTurns(self._clock)],
             clock=self._clock,
             lengths=lengths,
         )
         self._trainer.remove_callback(PrinterCallback)
         assert self._trainer.accelerator.distributed_type == DistributedType.NO, "one process, not a world of one"
-        self._thread = threading.Thread(target=self._train, name="trl-peer", daemon=True)
-        self._thread.start()
-        self._wait()
-
-    def _train(self) -> None:
-        try:
-            # The number of OpenMP threads belongs to the thread that asks for them.
-            torch.set_num_threads(self._threads)
-            self._trainer.train()
-        except BaseException as error:  # handed over whole: step() raises it where it can be seen
-            self._ready.put(error)
-            return
-        self._ready.put(RuntimeError("the trainer has stopped, no step can be taken any more"))
-
-    def _wait(self) -> None:
-        failure = self._ready.get()
-        if failure is not None:
-            raise RuntimeError("GRPOTrainer has stopped") from failure
+        self._training = greenlet(self._trainer.train)
+        self._training.switch()
 
     def step(self) -> StepReport:
-        """One GRPO step. Raises RuntimeError, caused by TRL's own error, when the trainer has failed."""
+        """One GRPO step. An error of TRL's comes through as it is; RuntimeError once the trainer has stopped."""
         self._clock.seconds.clear()
         begin = time.perf_counter()
-        self._go_on.put(True)
-        self._wait()
+        self._training.switch(True)
         seconds = time.perf_counter() - begin
+        if self._training.dead:
+            raise RuntimeError("GRPOTrainer has come to its end, no step can be taken any more")
         phases = {phase: self._clock.seconds.get(phase, 0.0) for phase in PHASES}
         phases["other"] = seconds - sum(phases.values())
         return StepReport(seconds=seconds, completion_tokens=self._num_tokens, phases=phases)
 
     def close(self) -> None:
-        """End the training thread and remove the trainer's folder."""
-        if self._thread.is_alive():
-            self._go_on.put(False)
-            self._thread.join()
+        """Let the trainer come to its end, and remove its folder."""
+        if not self._training.dead:
+            self._training.switch(False)
         self._folder.cleanup()

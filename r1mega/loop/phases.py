@@ -9,7 +9,6 @@ import torch
 
 from r1mega.algo.advantage import group_advantages
 from r1mega.algo.aggregation import token_weights
-from r1mega.algo.lr import learning_rate
 from r1mega.algo.packing import plan_batch, split_updates
 from r1mega.algo.policy_loss import mean_metrics, policy_loss
 from r1mega.loop import records
@@ -101,7 +100,7 @@ def split_round(run: RlRun, batch: RoundBatch) -> list[list[int]]:
 def update(run: RlRun, batch: RoundBatch, samples: list[int]) -> None:
     """One optimizer step on these samples of the round (DeepSeek-R1, Eq. 1 and 2)."""
     config, policy = run.config, run.policy
-    algo, optim = config.algo, config.optim
+    algo = config.algo
     items = [batch.items[i] for i in samples]
     lengths = [item.num_response if batch.valid[i] else 0 for i, item in zip(samples, items, strict=True)]
     constant = config.rollout.max_tokens if algo.aggregation == "constant" else None
@@ -138,14 +137,7 @@ def update(run: RlRun, batch: RoundBatch, samples: list[int]) -> None:
         metrics["loss"] = value.detach()
         return value, metrics
 
-    lr = learning_rate(
-        run.state.update,
-        lr=optim.lr,
-        min_lr=optim.min_lr,
-        schedule=optim.schedule,
-        warmup_updates=optim.warmup_updates,
-        total_updates=algo.updates,
-    )
+    lr = run.learning_rate(algo.updates)
     with run.timer.phase("train"):
         plan = plan_batch(
             [len(item.tokens) for item in items], dp=run.layout.dp, max_tokens=algo.max_tokens_per_micro_batch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from r1mega.algo.lr import learning_rate
 from r1mega.algo.packing import plan_batch
 from r1mega.config.schema import Config
 from r1mega.data.sft import SftExample
@@ -45,21 +44,14 @@ def pack_item(example: SftExample) -> PackItem:
 
 def step(run: SftRun, items: list[PackItem]) -> dict[str, float]:
     """One optimizer step on the mean cross-entropy of all response tokens of the batch."""
-    sft, optim = run.config.sft, run.config.optim
+    sft = run.config.sft
     num_tokens = sum(item.num_response for item in items)
 
     def loss(logprobs_R: torch.Tensor, _entropy_R: torch.Tensor, _micro: MicroBatch):
         value = -logprobs_R.sum() / num_tokens
         return value, {"loss": value.detach()}
 
-    lr = learning_rate(
-        run.state.update,
-        lr=optim.lr,
-        min_lr=optim.min_lr,
-        schedule=optim.schedule,
-        warmup_updates=optim.warmup_updates,
-        total_updates=sft.updates,
-    )
+    lr = run.learning_rate(sft.updates)
     plan = plan_batch([len(item.tokens) for item in items], dp=run.layout.dp, max_tokens=sft.max_tokens_per_micro_batch)
     sums = run.policy.forward_backward(items, plan, loss)
     grad_norm = run.policy.optimizer_step(lr)

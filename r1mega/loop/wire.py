@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from r1mega.algo.lr import learning_rate
 from r1mega.config.schema import Config, Init
 from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
 from r1mega.data.sft import SftSource, read_sft, tokenize_sft
@@ -44,6 +45,18 @@ class Run:
     log: RunLog
     timer: PhaseTimer
     state: RunState = field(default_factory=RunState)
+
+    def learning_rate(self, total_updates: int) -> float:
+        """The learning rate of the update that comes next."""
+        optim = self.config.optim
+        return learning_rate(
+            self.state.update,
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            schedule=str(optim.schedule),
+            warmup_updates=optim.warmup_updates,
+            total_updates=total_updates,
+        )
 
     def export(self, name: str) -> Path:
         """Write the policy as a Hugging Face checkpoint into the run directory. Collective; rank 0 writes."""
