@@ -9,7 +9,6 @@ from pathlib import Path
 
 from r1mega.config import io
 from r1mega.config.schema import Loop
-from r1mega.parallel import device
 
 
 def main() -> None:
@@ -17,6 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the resolved config.yaml of a run directory")
     config = io.load(parser.parse_args().config)
+    # Here and not above: the reward workers import this module again, and they need no torch.
+    from r1mega.parallel import device
+
     # Before the loops are imported: they import Megatron, which binds the device when it is imported.
     device.prepare(str(config.device.type), int(os.environ.get("LOCAL_RANK", "0")), config.device.threads)
     # Megatron warns on every rank that apex and Transformer Engine are absent; `device.layer_spec` says which is meant.
