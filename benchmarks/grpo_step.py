@@ -6,8 +6,12 @@ Both systems have the same random checkpoint of about one million parameters, th
 same forced completion lengths, the same reward, fp32, a KL term (so a reference forward), one update a rollout and no
 gradient checkpointing. `--lengths equal` is 48 tokens each; `mixed` is drawn log-uniformly from 8 to 256 tokens.
 
-Each system has one process of its own, and they are stepped in turn (A B A B ...), so that another busy process slows
-both alike; medians are over steps, and the comparison is the median of the ratios of neighbouring steps.
+Each system has one process of its own, and they are stepped in turn (A B A B ...), so that what changes on the machine
+changes for both; medians are over steps, and the comparison is the median of the ratios of neighbouring steps.
+
+Run it on an idle machine. With as many threads as cores and other busy processes, the equal step of qwen2 has been
+seen at 6 to 58 s with TRL while r1mega's stayed near 2 s, where both take 1.5 s on an idle machine: such ratios say
+nothing of either system. The range of the ratios is printed beside their median; with `--threads 1` both slow alike.
 TRL is an extra: `pip install -e '.[bench]'`.
 """
 

@@ -1,8 +1,7 @@
 """TRL's GRPOTrainer as the other system in the GRPO step benchmark.
 
 The step is TRL's own: `GRPOTrainer.train()` runs in a greenlet, which stands still between two steps until it is asked
-for the next one. (A thread would bring OpenMP workers of its own, next to the main thread's; where the two together
-outnumber the cores, OpenMP puts its workers to sleep between two operations, and a busy machine is slow to wake them.)
+for the next one. So it runs in the main thread, with one team of OpenMP threads, as it does outside a benchmark.
 The trainer is subclassed to read the clock around its phases, and its `generate` is given one more logits processor,
 which ends row i at its appointed length. Nothing else is changed.
 
