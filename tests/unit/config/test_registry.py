@@ -24,7 +24,7 @@ def test_a_field_is_shown_as_one_would_write_it() -> None:
     assert shown["data.template"] == ("r1_zero|plain|chat", "r1_zero")
     assert shown["data.eval"] == ("str?", "null")
     assert shown["rollout.stop"] == ("list[str]", "[]")
-    assert shown["parallel.sequence_parallel"] == ("bool", "true")
+    assert shown["data.shuffle"] == ("bool", "true")
     assert shown["optim.lr"] == ("float", "3e-06")
     assert shown["run.name"] == ("str", "r1mega")
 
