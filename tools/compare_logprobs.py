@@ -95,6 +95,8 @@ def write_reference(args: argparse.Namespace, work: Path) -> None:
     from r1mega.rollout.hf_weights import checkpoint_tensors
 
     model = AutoModelForCausalLM.from_pretrained(args.hf, dtype=torch.float32, attn_implementation="eager")
+    # transformers gives the padding token's embedding no gradient; in training it is a token like any other.
+    model.get_input_embeddings().padding_idx = None
     sequences, weights = make_sequences(model.config.vocab_size, args)
     logprobs = []
     for (tokens, response), weight in zip(sequences, weights, strict=True):

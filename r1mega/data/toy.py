@@ -18,13 +18,13 @@ NO_WORK = "."  # what stands in the thinking part when the answer is given at on
 class Mixture:
     """Shares of the base model's corpus. The shares of work styles add up to 1."""
 
-    direct: float = 0.57
+    direct: float = 0.62
     """The answer at once, without work."""
     partial: float = 0.17
     """Work for the last digit only: too little to get the others right."""
-    full: float = 0.21
+    full: float = 0.17
     """Work for every digit."""
-    twice: float = 0.05
+    twice: float = 0.04
     """Work for every digit, written two times."""
     wrong_digit: float = 0.01
     """Chance of each digit of a result (in the work or in the answer) to be replaced by a random one."""
