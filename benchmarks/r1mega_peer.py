@@ -23,21 +23,21 @@ from r1mega.parallel.layout import Layout
 
 device.prepare("cpu")  # before the first import of Megatron
 
-from megatron.core.pipeline_parallel import schedules  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+from megatron.core.pipeline_parallel import schedules
+from transformers import AutoTokenizer
 
-from r1mega.loop import phases  # noqa: E402
-from r1mega.loop.runlog import RunLog  # noqa: E402
-from r1mega.loop.wire import RlRun  # noqa: E402
-from r1mega.metrics.timer import PhaseTimer  # noqa: E402
-from r1mega.models import hf_fields  # noqa: E402
-from r1mega.models.hf_config import ModelOptions  # noqa: E402
-from r1mega.models.hf_io import CheckpointReader  # noqa: E402
-from r1mega.rollout.collector import Collector  # noqa: E402
-from r1mega.rollout.embedded import EmbeddedEngine  # noqa: E402
-from r1mega.train.optimizer import AdamSettings  # noqa: E402
-from r1mega.train.policy import MegatronPolicy  # noqa: E402
-from r1mega.types import Completion, Prompt, Request, SamplingParams, Score  # noqa: E402
+from r1mega.loop import phases
+from r1mega.loop.runlog import RunLog
+from r1mega.loop.wire import RlRun
+from r1mega.metrics.timer import PhaseTimer
+from r1mega.models import hf_fields
+from r1mega.models.hf_config import ModelOptions
+from r1mega.models.hf_io import CheckpointReader
+from r1mega.rollout.collector import Collector
+from r1mega.rollout.embedded import EmbeddedEngine
+from r1mega.train.optimizer import AdamSettings
+from r1mega.train.policy import MegatronPolicy
+from r1mega.types import Completion, Prompt, Request, SamplingParams, Score
 
 
 class _ForcedLengths(EmbeddedEngine):
