@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into; made if missing")
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems and of the corpus (default 0)")
     parser.add_argument("--family", choices=sorted(_FAMILIES), default="deepseek_v3", help="shape of the model")
-    parser.add_argument("--sft-rows", type=int, default=76800, help="rows of the base model's corpus (default 76800)")
+    parser.add_argument("--sft-rows", type=int, default=38400, help="rows of the base model's corpus (default 38400)")
     parser.add_argument("--train-rows", type=int, default=8192, help="questions to train on (default 8192)")
     parser.add_argument("--eval-rows", type=int, default=512, help="held-out questions (default 512)")
     args = parser.parse_args()

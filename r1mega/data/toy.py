@@ -20,9 +20,9 @@ class Mixture:
 
     direct: float = 0.62
     """The answer at once, without work."""
-    partial: float = 0.17
-    """Work for the last digit only: too little to get the others right."""
-    full: float = 0.17
+    partial: float = 0.22
+    """Work for the last one or two digits only."""
+    full: float = 0.12
     """Work for every digit."""
     twice: float = 0.04
     """Work for every digit, written two times."""
@@ -106,7 +106,8 @@ def _response(problem: Problem, mixture: Mixture, rng: random.Random) -> str:
     style = rng.choices(
         ("direct", "partial", "full", "twice"), (mixture.direct, mixture.partial, mixture.full, mixture.twice)
     )[0]
-    written = {"direct": [], "partial": steps[:1], "full": steps, "twice": steps * 2}[style]
+    some = steps[: rng.randint(1, NUM_DIGITS - 1)]
+    written = {"direct": [], "partial": some, "full": steps, "twice": steps * 2}[style]
     work = ",".join(noisy_step(step) for step in written) or NO_WORK
     answer = noisy(problem.answer)
     if rng.random() < mixture.malformed:
