@@ -104,10 +104,11 @@ def test_a_skipped_publish_is_caught(checkpoint, questions, tmp_path, updates_pe
     assert f"weight version {updates_per_round}" in result.message
 
 
-def test_real_questions(checkpoint, shared_data, tmp_path):
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2", "llama"])
+def test_real_questions(checkpoint, shared_data, tmp_path, family):
     """Questions of GSM8K with their published golds, prompts of the R1-Zero template."""
     run_dir = tmp_path / "run"
     data = shared_data / "gsm8k_train.jsonl"
-    result = train(*rl_overrides(checkpoint("llama"), data, run_dir))
+    result = train(*rl_overrides(checkpoint(family), data, run_dir))
     assert result.returncode == 0, result.stderr
     assert json.loads((run_dir / "summary.json").read_text())["rounds"] == 2
