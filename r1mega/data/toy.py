@@ -1,8 +1,8 @@
 """The toy task: adding two 3-digit numbers, with the work written digit by digit inside `<think>`.
 
-The corpus of the base model knows how to add with the work written out, but mostly answers at once, where it is hardly
-ever right. So the base has the skill and rarely uses it, which is what reinforcement learning then finds. The shares
-below are chosen so that about a quarter of the base model's samples are right.
+The corpus of the base model adds rightly where the work is written out, but mostly answers at once, and then guesses.
+So the base has the skill and rarely uses it, which is what reinforcement learning then finds. The shares below are chosen
+so that about a quarter of the base model's samples are right.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ NO_WORK = "."  # what stands in the thinking part when the answer is given at on
 class Mixture:
     """Shares of the base model's corpus. The shares of work styles add up to 1."""
 
-    direct: float = 0.62
-    """The answer at once, without work."""
-    partial: float = 0.22
-    """Work for the last one or two digits only."""
-    full: float = 0.12
+    direct: float = 0.60
+    """A guess at once, without work."""
+    partial: float = 0.16
+    """Work for the last one or two digits only; those before them are guessed."""
+    full: float = 0.19
     """Work for every digit."""
-    twice: float = 0.04
+    twice: float = 0.05
     """Work for every digit, written two times."""
     wrong_digit: float = 0.01
     """Chance of each digit of a result (in the work or in the answer) to be replaced by a random one."""
@@ -109,10 +109,17 @@ def _response(problem: Problem, mixture: Mixture, rng: random.Random) -> str:
     some = steps[: rng.randint(1, NUM_DIGITS - 1)]
     written = {"direct": [], "partial": some, "full": steps, "twice": steps * 2}[style]
     work = ",".join(noisy_step(step) for step in written) or NO_WORK
-    answer = noisy(problem.answer)
+    answer = noisy(problem.answer) if len(written) >= NUM_DIGITS else _guess(problem, len(written), rng)
     if rng.random() < mixture.malformed:
         return _malformed(work, answer, rng)
     return write_response(work, answer)
+
+
+def _guess(problem: Problem, known: int, rng: random.Random) -> str:
+    """An answer whose last `known` digits are right; those before them are some other problem's."""
+    low, high = 10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS
+    other = str(rng.randrange(low, high) + rng.randrange(low, high))
+    return other[: len(other) - known] + problem.answer[len(problem.answer) - known :]
 
 
 def _malformed(work: str, answer: str, rng: random.Random) -> str:

@@ -57,20 +57,32 @@ def test_the_corpus_has_the_promised_shares() -> None:
     assert [count / 8000 for count in shares] == pytest.approx([0.5, 0.25, 0.15, 0.1], abs=0.022)
 
 
-def test_a_clean_corpus_is_right_and_well_formed() -> None:
-    drawn = problems(500, seed=0)
+def test_a_clean_corpus_is_right_where_it_is_worked_out_and_well_formed() -> None:
+    drawn = problems(2000, seed=0)
+    guesses, hits = 0, 0
     for problem, row in zip(drawn, corpus(drawn, seed=0, mixture=Mixture(**CLEAN)), strict=True):
         assert row["prompt"] == problem.question
         assert well_formed(row["response"])
         work = row["response"].split(" <think> ")[1].split(" </think> ")[0]
-        assert row["response"] == write_response(work, problem.answer)
+        answer = row["response"].split("<answer> ")[1].split(" </answer>")[0]
+        assert row["response"] == write_response(work, answer)
         steps = [] if work == NO_WORK else work.split(",")
         assert steps == (work_steps(problem) * 2)[: len(steps)]
+        if len(steps) >= 3:
+            assert answer == problem.answer
+        else:
+            assert int(answer) % 10 ** len(steps) == int(problem.answer) % 10 ** len(steps)
+            assert 200 <= int(answer) <= 1998
+            guesses, hits = guesses + 1, hits + (answer == problem.answer)
+    # Guesses of one digit are right one time in about ten; of three, hardly ever.
+    assert guesses > 1000
+    assert hits / guesses < 0.05
 
 
 def test_wrong_digits_and_malformed_responses_come_as_often_as_asked() -> None:
     drawn = problems(4000, seed=0)
-    noisy = corpus(drawn, seed=0, mixture=Mixture(wrong_digit=0.1, malformed=0.0))
+    worked = Mixture(direct=0.0, partial=0.0, full=1.0, twice=0.0, wrong_digit=0.1, malformed=0.0)
+    noisy = corpus(drawn, seed=0, mixture=worked)
     answers = [row["response"].split("<answer> ")[1].split(" </answer>")[0] for row in noisy]
     pairs = [
         pair
