@@ -19,7 +19,7 @@ _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operato
 BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("run.seed", ((">=", 0),)),
     ("run.timeout_minutes", ((">", 0),)),
-    *((f"parallel.{axis}", ((">=", 1),)) for axis in ("tp", "pp", "ep", "etp", "dp")),
+    *((f"parallel.{axis}", ((">=", 1),)) for axis in ("tp", "cp", "pp", "vpp", "ep", "etp", "dp")),
     ("model.moe_router_bias_update_rate", ((">=", 0),)),
     ("model.router_balance_coef", ((">=", 0),)),
     ("device.threads", ((">=", 1),)),

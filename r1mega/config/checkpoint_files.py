@@ -80,6 +80,19 @@ def check_weights(directory: Path, field: str) -> list[Fault]:
     return []
 
 
+def tensor_names(directory: Path) -> set[str]:
+    """Names of all tensors of a checkpoint directory, as far as its index and headers can be read."""
+    if (directory / INDEX).exists():
+        try:
+            return set(read_json_object(directory / INDEX).get("weight_map") or {})
+        except ValueError:
+            return set()
+    try:
+        return set(read_header(directory / SINGLE))
+    except (ValueError, OSError):
+        return set()
+
+
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape over all files of a checkpoint directory that `check_weights` found whole."""
     files = [SINGLE]

@@ -66,16 +66,22 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline parallel size."""
     ep: int = 1
-    """Expert parallel size, cut out of tp x dp."""
+    """Expert parallel size, cut out of tp x cp x dp."""
     etp: int = 1
-    """Tensor parallel size inside one expert, cut out of tp x dp."""
+    """Tensor parallel size inside one expert, cut out of tp x cp x dp."""
     dp: int = 1
-    """Data parallel size. The run has tp x pp x dp training processes."""
+    """Data parallel size. The run has tp x cp x pp x dp training processes."""
+    cp: int = 1
+    """Context parallel size: every sequence is cut over so many processes, in slices of equal work."""
+    vpp: int = 1
+    """Chunks of layers each pipeline stage holds; above 1 the pipeline is interleaved."""
+    stages: list[int] | None = None
+    """Decoder layers of each of the pp x vpp chunks, in order; null deals them out evenly."""
 
     @property
     def world_size(self) -> int:
         """Number of training processes."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
 
 @dataclass

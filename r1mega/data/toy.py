@@ -1,8 +1,8 @@
 """The toy task: adding two 3-digit numbers, with the work written digit by digit inside `<think>`.
 
 The corpus of the base model adds rightly where the work is written out, but mostly answers at once, and then guesses.
-So the base has the skill and rarely uses it, which is what reinforcement learning then finds. The shares below are chosen
-so that about a quarter of the base model's samples are right.
+So the base has the skill and rarely uses it, which is what reinforcement learning then finds. The shares below are
+chosen so that about a quarter of the base model's samples are right.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from r1mega.config import checkpoint_files
@@ -66,7 +65,7 @@ def check_tensors(config: Config) -> list[str]:
     if config.model.init is not Init.load:
         return []
     fields = hf_fields.read(config.model.hf)
-    expected = {tensor.name: tensor.shape for slot in slots_of(fields) for tensor in slot.tensors}
+    expected = {tensor.name: tensor.shape for slot in slots_of(fields) for tensor in (*slot.tensors, *slot.aliases)}
     found = checkpoint_files.tensor_shapes(fields.path.parent)
     if fields["tie_word_embeddings"]:
         found.pop("lm_head.weight", None)  # some writers store the tied table twice
@@ -81,21 +80,9 @@ def check_tensors(config: Config) -> list[str]:
                 f"model.hf: {name}: got shape {list(found[name])}; config.json makes it {list(expected[name])}; "
                 "use the config.json that belongs to these weights"
             )
-    extra = [name for name in found if _layer(name) >= fields["num_hidden_layers"]]
-    if extra:
-        faults.append(
-            f"model.hf: {config.model.hf} holds a multi-token-prediction layer ({extra[0]}, {len(extra)} tensors); "
-            "this version neither trains nor exports it; leave these tensors out of a copy of the checkpoint"
-        )
-    for name in sorted(set(found) - set(expected) - set(extra)):
+    for name in sorted(set(found) - set(expected)):
         faults.append(f"model.hf: {config.model.hf} holds tensor {name}; a {fields.family} model has none of that name")
     shown = 10
     return faults[:shown] + (
         [f"model.hf: {len(faults) - shown} more tensors like these"] if len(faults) > shown else []
     )
-
-
-def _layer(name: str) -> int:
-    """The layer a tensor's name speaks of; -1 for none."""
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else -1

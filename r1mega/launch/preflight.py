@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from r1mega.config.check import check, longest_response
@@ -68,8 +69,7 @@ def _check_model(config: Config, sizes_are_sound: bool) -> list[Fault | str]:
         fields = hf_fields.read(config.model.hf)
     except ValueError as error:
         return [f"model.hf: {line}" for line in str(error).splitlines()]
-    parallel = config.parallel
-    layout = Layout(tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, etp=parallel.etp, dp=parallel.dp)
+    layout = Layout.of(**asdict(config.parallel))
     faults: list[Fault | str] = list(layout.problems(fields.shape())) if sizes_are_sound else []
     # Prompts count towards the model's positions too, but their true lengths are known only once they are tokenized.
     field, tokens = longest_response(config)

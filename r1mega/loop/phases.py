@@ -9,7 +9,7 @@ import torch
 
 from r1mega.algo.advantage import group_advantages
 from r1mega.algo.aggregation import token_weights
-from r1mega.algo.packing import plan_batch, split_updates
+from r1mega.algo.packing import split_updates
 from r1mega.algo.policy_loss import mean_metrics, policy_loss
 from r1mega.loop import records
 from r1mega.loop.wire import RlRun
@@ -69,9 +69,7 @@ def inference(run: RlRun, groups: list[SampleGroup]) -> RoundBatch:
     )
     anchor = reference = None
     with run.timer.phase("inference"), torch.no_grad():
-        plan = plan_batch(
-            [len(item.tokens) for item in items], dp=run.layout.dp, max_tokens=algo.max_tokens_per_micro_batch
-        )
+        plan = run.policy.plan(items, algo.max_tokens_per_micro_batch)
         if algo.updates_per_round > 1:
             anchor = run.policy.logprobs(items, plan)
             measure_gap(run, samples, anchor)
@@ -139,9 +137,7 @@ def update(run: RlRun, batch: RoundBatch, samples: list[int]) -> None:
 
     lr = run.learning_rate(algo.updates)
     with run.timer.phase("train"):
-        plan = plan_batch(
-            [len(item.tokens) for item in items], dp=run.layout.dp, max_tokens=algo.max_tokens_per_micro_batch
-        )
+        plan = policy.plan(items, algo.max_tokens_per_micro_batch)
         sums = policy.forward_backward(items, plan, loss)
         if batch.anchor is None:
             trainer = policy.collect_samples(items, own)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from r1mega.algo.packing import plan_batch
 from r1mega.config.schema import Config
 from r1mega.data.sft import SftExample
 from r1mega.loop.wire import SftRun, wire_sft
@@ -52,7 +51,7 @@ def step(run: SftRun, items: list[PackItem]) -> dict[str, float]:
         return value, {"loss": value.detach()}
 
     lr = run.learning_rate(sft.updates)
-    plan = plan_batch([len(item.tokens) for item in items], dp=run.layout.dp, max_tokens=sft.max_tokens_per_micro_batch)
+    plan = run.policy.plan(items, sft.max_tokens_per_micro_batch)
     sums = run.policy.forward_backward(items, plan, loss)
     grad_norm = run.policy.optimizer_step(lr)
     return {"train/loss": sums["loss"], "train/grad_norm": grad_norm, "train/lr": lr}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -176,8 +176,8 @@ def export(policy: MegatronPolicy, fields: HfFields, config: Config, name: str, 
 
 @contextmanager
 def _wire(config: Config, kind: type, *, temperature: float = 1.0) -> Iterator[Run]:
-    parallel, optim = config.parallel, config.optim
-    layout = Layout(tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, etp=parallel.etp, dp=parallel.dp)
+    optim = config.optim
+    layout = Layout.of(**asdict(config.parallel))
     groups = process_groups.initialize(
         layout,
         str(config.device.type),

@@ -8,9 +8,10 @@ Padding stands at the end of a row, where a causal mask already hides it from ev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -25,24 +26,69 @@ _MIN_FILL = 0.7
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Rows padded to one length. `gather` [rows * length] picks the tokens; None: the tokens lie there already."""
+    """Rows padded to one length. `gather` [rows * length] picks the tokens; None: the tokens lie there already.
+
+    With context parallelism the queries of a row are this rank's slices of it: `gather_q` [rows * queries] picks them
+    and `positions_q` [rows, queries] says where in the row they stand.
+    """
 
     rows: int
     length: int
     gather: torch.Tensor | None
+    gather_q: torch.Tensor | None = None
+    positions_q: torch.Tensor | None = None
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's PackedSeqParams, with the lift into padded batches worked out once per micro-batch."""
+    """Megatron's PackedSeqParams, with the lift into padded batches worked out once per micro-batch.
+
+    With context parallelism of size cp each sequence is cut into 2 cp equal slices, of which rank r holds slices r and
+    2 cp - 1 - r, so that all ranks have alike many keys to attend to (Transformer Engine's cut). `local` lists, for
+    this rank's T / cp tokens, where they stand in the whole pack.
+    """
 
     buckets: list[_Bucket] = field(default_factory=list)
-    restore: torch.Tensor | None = None  # [T] where in the concatenated padded rows each token ended up; None: in place
+    restore: torch.Tensor | None = None  # [T / cp] where in the concatenated padded rows each token ended up
+    local: torch.Tensor | None = None  # [T / cp]; None: cp is 1
+    gathered: torch.Tensor | None = None  # [T] where in the ranks' tokens end to end each token of the pack stands
+    whole_group: dist.ProcessGroup | None = None  # the cp group keys and values are gathered over
+    # What the router asks: the sequence of each of this rank's tokens (-1: padding), tokens of each, weight of one.
+    owners: torch.Tensor | None = None  # [T / cp]
+    num_tokens: torch.Tensor | None = None  # [S], padding left out
+    balance_weight: float = 0.0
+
+    def shortened(self) -> PackedSequences:
+        """The same pack for a router that shall not count the last token of each sequence.
+
+        The multi-token-prediction layer has no next token to join to it, so its work there is void.
+        """
+        owners = self.owners
+        if self.gathered is not None:
+            ranks = [torch.empty_like(owners) for _ in range(self.whole_group.size())]
+            dist.all_gather(ranks, owners, group=self.whole_group)
+            owners = torch.cat(ranks)[self.gathered]
+        is_last = torch.cat([owners[1:] != owners[:-1], owners.new_ones(1, dtype=torch.bool)])
+        owners = owners.masked_fill(is_last, -1)
+        return replace(
+            self, owners=owners if self.local is None else owners[self.local], num_tokens=self.num_tokens - 1
+        )
 
     @staticmethod
-    def of(lengths: Sequence[int], device: torch.device) -> PackedSequences:
-        """The parameters of sequences of these lengths lying end to end in this order."""
+    def of(
+        lengths: Sequence[int],
+        device: torch.device,
+        *,
+        cp: int = 1,
+        cp_rank: int = 0,
+        cp_group: dist.ProcessGroup | None = None,
+    ) -> PackedSequences:
+        """The parameters of sequences of these lengths lying end to end in this order.
+
+        With cp > 1 every length must be a multiple of 2 cp.
+        """
         lengths = [int(length) for length in lengths]
+        assert cp == 1 or all(length % (2 * cp) == 0 for length in lengths)
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
@@ -55,15 +101,22 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-        if len(set(lengths)) == 1:
+        if cp > 1:
+            packed.whole_group = cp_group
+            by_rank = [context_slices(lengths, cp, rank) for rank in range(cp)]
+            gathered = torch.empty(starts[-1], dtype=torch.int64)
+            gathered[torch.tensor([at for tokens in by_rank for at in tokens])] = torch.arange(starts[-1])
+            packed.gathered = gathered.to(device)
+            packed.local = torch.tensor(by_rank[cp_rank], device=device)
+        elif len(set(lengths)) == 1:
             packed.buckets = [_Bucket(len(lengths), longest, None)]
             return packed
-        packed._plan(lengths, starts, device)
+        packed._plan(lengths, starts, device, cp, cp_rank)
         return packed
 
-    def _plan(self, lengths: list[int], starts: list[int], device: torch.device) -> None:
+    def _plan(self, lengths: list[int], starts: list[int], device: torch.device, cp: int, cp_rank: int) -> None:
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        restore = torch.empty(starts[-1], dtype=torch.int64)
+        restore = torch.empty(starts[-1] // cp, dtype=torch.int64)
         offset = first = 0
         while first < len(order):
             length = lengths[order[first]]
@@ -71,20 +124,62 @@ class PackedSequences(PackedSeqParams):
             while last < len(order) and lengths[order[last]] >= _MIN_FILL * length:
                 last += 1
             rows = order[first:last]
-            gather = torch.tensor([starts[i] for i in rows])[:, None] + torch.arange(length)
+            queries = length // cp
             for row, i in enumerate(rows):
-                at = offset + row * length
-                restore[starts[i] : starts[i + 1]] = torch.arange(at, at + lengths[i])
+                at = offset + row * queries
+                restore[starts[i] // cp : starts[i + 1] // cp] = torch.arange(at, at + lengths[i] // cp)
             # Padding reads the token after the row's end, whatever it is: causality hides it.
-            gather = gather.clamp_(max=starts[-1] - 1).flatten()
-            self.buckets.append(_Bucket(len(rows), length, gather.to(device)))
-            offset += len(rows) * length
+            gather = (torch.tensor([starts[i] for i in rows])[:, None] + torch.arange(length)).flatten()
+            gather = gather.clamp_(max=starts[-1] - 1).to(device)
+            if cp == 1:
+                self.buckets.append(_Bucket(len(rows), length, gather))
+            else:
+                gather_q = (torch.tensor([starts[i] // cp for i in rows])[:, None] + torch.arange(queries)).flatten()
+                gather_q = gather_q.clamp_(max=starts[-1] // cp - 1).to(device)
+                positions = torch.zeros(len(rows), queries, dtype=torch.int64)  # padding queries see the first key
+                for row, i in enumerate(rows):
+                    positions[row, : lengths[i] // cp] = torch.tensor(context_slices([lengths[i]], cp, cp_rank))
+                self.buckets.append(_Bucket(len(rows), length, gather, gather_q, positions.to(device)))
+            offset += len(rows) * queries
             first = last
         self.restore = restore.to(device)
 
 
+def context_slices(lengths: Sequence[int], cp: int, cp_rank: int) -> list[int]:
+    """Which tokens of sequences lying end to end a context-parallel rank holds: of each, slices r and 2 cp - 1 - r."""
+    held: list[int] = []
+    start = 0
+    for length in lengths:
+        size = length // (2 * cp)
+        for part in (cp_rank, 2 * cp - 1 - cp_rank):
+            held.extend(range(start + part * size, start + (part + 1) * size))
+        start += length
+    return held
+
+
+class _GatherTokens(torch.autograd.Function):
+    """The tokens of all ranks of a group end to end; backward sums the gradients and keeps one's own tokens."""
+
+    @staticmethod
+    def forward(ctx, tokens: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        whole = tokens.new_empty((group.size() * tokens.shape[0], *tokens.shape[1:]))
+        dist.all_gather_into_tensor(whole, tokens.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        own = gradient.new_empty((gradient.shape[0] // ctx.group.size(), *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
+        return own, None
+
+
 class TorchCoreAttention(MegatronModule):
-    """Causal attention of one rank's heads over PackedSequences; grouped keys and values are shared, not copied."""
+    """Causal attention of one rank's heads over PackedSequences; grouped keys and values are shared, not copied.
+
+    With context parallelism keys and values are gathered over the group and put back in order; each rank's queries
+    attend to all keys that do not come after them.
+    """
 
     def __init__(
         self,
@@ -113,19 +208,36 @@ class TorchCoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> torch.Tensor:
-        """query [T, heads, q_dim], key [T, kv_heads, q_dim], value [T, kv_heads, v_dim] -> [T, heads * v_dim]."""
+        """query [T, heads, q_dim], key [T, kv_heads, q_dim], value [T, kv_heads, v_dim] -> [T, heads * v_dim].
+
+        With context parallelism T is this rank's part of the tokens.
+        """
         assert isinstance(packed_seq_params, PackedSequences) and attention_bias is None
-        outputs = []
-        for bucket in packed_seq_params.buckets:
-            parts = (query, key, value)
-            if bucket.gather is not None:
-                parts = tuple(part.index_select(0, bucket.gather) for part in parts)
-            q, k, v = (part.unflatten(0, (bucket.rows, bucket.length)).transpose(1, 2) for part in parts)
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        packed = packed_seq_params
+        if packed.gathered is not None:
+            key, value = (
+                _GatherTokens.apply(part, packed.whole_group).index_select(0, packed.gathered) for part in (key, value)
             )
-            outputs.append(out.transpose(1, 2).reshape(bucket.rows * bucket.length, -1))
-        if packed_seq_params.restore is None:
+        outputs = []
+        for bucket in packed.buckets:
+            q = self._rows(query, bucket.gather if bucket.gather_q is None else bucket.gather_q, bucket)
+            k, v = (self._rows(part, bucket.gather, bucket) for part in (key, value))
+            mask = None
+            if bucket.positions_q is not None:
+                mask = bucket.positions_q[:, None, :, None] >= torch.arange(bucket.length, device=query.device)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
+            outputs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+        if packed.restore is None:
             return outputs[0]
         whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return whole.index_select(0, packed_seq_params.restore)
+        return whole.index_select(0, packed.restore)
+
+    @staticmethod
+    def _rows(tokens: torch.Tensor, gather: torch.Tensor | None, bucket: _Bucket) -> torch.Tensor:
+        """[T, heads, dim] -> [rows, heads, length, dim]."""
+        if gather is not None:
+            tokens = tokens.index_select(0, gather)
+        return tokens.unflatten(0, (bucket.rows, -1)).transpose(1, 2)

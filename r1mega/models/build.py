@@ -1,37 +1,51 @@
-"""The Megatron model of this rank's pipeline stage, from a validated config.json."""
+"""The Megatron models of this rank's pipeline stage, from a validated config.json."""
 
 from __future__ import annotations
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from r1mega.models.gpt import HiddenStateGPT
 from r1mega.models.hf_config import ModelOptions, padded_vocab_size, transformer_config
 from r1mega.models.hf_fields import HfFields
-from r1mega.models.layer_spec import decoder_spec, mark_expert_parameters
+from r1mega.models.layer_spec import decoder_spec, mark_expert_parameters, mtp_spec
 from r1mega.parallel.groups import Groups
 
 
-def build_model(fields: HfFields, groups: Groups, options: ModelOptions) -> HiddenStateGPT:
-    """The stage's model with unfilled weights: fill it through `models.hf_io.load` before use.
+def build_chunks(fields: HfFields, groups: Groups, options: ModelOptions) -> list[HiddenStateGPT]:
+    """The models of this rank's chunks of layers, one unless the pipeline is interleaved, with unfilled weights.
 
-    Its forward takes input_ids [1, T], position_ids [1, T] and PackedSequences, and returns hidden states [T / tp, 1,
-    hidden]; the last stage's `logits` makes logits of them.
+    Fill them through `models.shard.ShardedModel` before use. A forward takes input_ids [1, T / cp], position_ids
+    [1, T / cp] and PackedSequences, and returns hidden states [T / cp / tp, 1, hidden]; the last chunk's `logits` makes
+    logits of them.
     """
     config = transformer_config(fields, groups.layout, options)
+    return [_chunk(fields, groups, options, config, index) for index in range(groups.layout.vpp)]
+
+
+def _chunk(
+    fields: HfFields, groups: Groups, options: ModelOptions, config: TransformerConfig, index: int
+) -> HiddenStateGPT:
+    layout = groups.layout
+    chunk = index * layout.pp + groups.coordinate.pp
+    is_last = chunk == layout.num_chunks - 1
+    vp_stage = index if layout.vpp > 1 else None
     model = HiddenStateGPT(
         config=config,
-        transformer_layer_spec=decoder_spec(config, options.layer_spec),
-        vocab_size=padded_vocab_size(fields, groups.layout),
+        transformer_layer_spec=decoder_spec(config, options.layer_spec, vp_stage),
+        vocab_size=padded_vocab_size(fields, layout),
         max_sequence_length=fields["max_position_embeddings"],
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
+        pre_process=chunk == 0,
+        post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=fields["tie_word_embeddings"],
         position_embedding_type="rope",
         rotary_base=fields.rope["rope_theta"],
+        mtp_block_spec=mtp_spec(config, options.layer_spec, vp_stage) if is_last and fields.num_mtp_layers else None,
         pg_collection=groups.collection,
+        vp_stage=vp_stage,
     )
     if fields.rope["rope_type"] == "llama3":
         model.rotary_pos_emb.inv_freq = _llama3_inverse_frequencies(fields).to(groups.device)

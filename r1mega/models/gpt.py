@@ -9,24 +9,57 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
+from r1mega.models.attention import PackedSequences
+
 
 class HiddenStateGPT(GPTModel):
     """On the last stage `forward` returns the final hidden states [T / tp, 1, hidden] instead of logits.
 
     A prompt's tokens and the padding need no logits; at a vocabulary of 129,280 they are most of the memory.
+
+    While `looks_further` is set, the multi-token-prediction layer runs too, and its hidden states follow the model's:
+    [2 T / tp, 1, hidden]. With `trains_trunk` false no gradient of theirs reaches the model below or its tables.
     """
 
-    def _postprocess(self, hidden_states: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
-        return hidden_states
+    looks_further = False
+    trains_trunk = True
 
-    def logits(self, hidden: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+    def _postprocess(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        *_args: object,
+        packed_seq_params: PackedSequences | None = None,
+        **_kwargs: object,
+    ) -> torch.Tensor:
+        if not (self.mtp_process and self.looks_further):
+            return hidden_states
+        both = self.mtp(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            hidden_states=hidden_states if self.trains_trunk else hidden_states.detach(),
+            attention_mask=None,
+            packed_seq_params=packed_seq_params.shortened(),
+            embedding=self.embedding if self.trains_trunk else self._embed_without_gradient,
+        )
+        return both if self.trains_trunk else torch.cat([hidden_states, both.chunk(2)[1]])
+
+    def _embed_without_gradient(self, **kwargs: torch.Tensor) -> torch.Tensor:
+        return self.embedding(**kwargs).detach()
+
+    def logits(self, hidden: torch.Tensor, rows_R: torch.Tensor, *, further: bool = False) -> torch.Tensor:
         """Logits [R, padded vocabulary / tp] of this tensor rank's part of the vocabulary, at positions `rows_R`.
 
-        `hidden` is what `forward` returned on the last stage. Its gradient is summed over the tensor ranks, which each
-        hold a part of the vocabulary.
+        `hidden` is what `forward` returned on the last stage; `further` takes the multi-token-prediction layer's part
+        of it. Its gradient is summed over the tensor ranks, which each hold a part of the vocabulary.
         """
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        if self.mtp_process and self.looks_further:
+            hidden = hidden.chunk(2)[further]
+        if further and not self.trains_trunk:
+            weight = weight.detach()
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             whole = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)

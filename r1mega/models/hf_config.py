@@ -25,6 +25,9 @@ class ModelOptions:
     layer_spec: str = "torch"  # or "te"
     router_bias_update_rate: float = 0.0
     router_balance_coef: float = 0.0
+    recompute: str = "none"  # or "selective", "full"
+    recompute_modules: tuple[str, ...] = ()
+    recompute_num_layers: int = 1
 
 
 def transformer_config(fields: HfFields, layout: Layout, options: ModelOptions) -> TransformerConfig:
@@ -69,6 +72,10 @@ def _common(fields: HfFields, layout: Layout, options: ModelOptions) -> dict[str
         "pipeline_model_parallel_size": layout.pp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
+        "context_parallel_size": layout.cp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "pipeline_model_parallel_layout": _pipeline(fields, layout) if layout.pp > 1 else None,
+        "mtp_num_layers": fields.num_mtp_layers or None,
         # Megatron's MoE needs it with tp > 1, and it shards norms and the residual stream of every family.
         "sequence_parallel": layout.tp > 1,
         "params_dtype": dtype,
@@ -76,7 +83,11 @@ def _common(fields: HfFields, layout: Layout, options: ModelOptions) -> dict[str
         "bf16": dtype == torch.bfloat16,
         "autocast_dtype": dtype,
         "enable_autocast": False,
-        "variable_seq_lengths": True,
+        # Interleaved stages exchange tensors of one shape: with two stages Megatron mixes up the shapes it sends ahead
+        # of tensors, because both neighbours are the same rank. For the same reason its transfers are not batched.
+        "variable_seq_lengths": layout.vpp == 1,
+        "overlap_p2p_comm": layout.vpp > 1,
+        "batch_p2p_comm": layout.vpp == 1,
         "calculate_per_token_loss": True,
         # Weights are always filled by the parameter table, from a checkpoint or from named random tensors.
         "perform_initialization": False,
@@ -92,6 +103,29 @@ def _common(fields: HfFields, layout: Layout, options: ModelOptions) -> dict[str
         "cross_entropy_loss_fusion": False,
         # Checked for dense models too: the only dispatcher that takes micro-batches of varying length.
         "moe_token_dispatcher_type": "alltoall",
+        **_recompute(options),
+    }
+
+
+def _pipeline(fields: HfFields, layout: Layout) -> list[list[str]]:
+    """What each chunk of the pipeline holds, in Megatron's words."""
+    chunks = [["decoder"] * count for count in layout.chunk_layers(fields["num_hidden_layers"])]
+    chunks[0].insert(0, "embedding")
+    chunks[-1] += ["mtp"] * fields.num_mtp_layers + ["loss"]
+    return chunks
+
+
+def _recompute(options: ModelOptions) -> dict[str, Any]:
+    """Which activations are thrown away and computed again in the backward pass."""
+    if options.recompute == "none":
+        return {}
+    if options.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(options.recompute_modules)}
+    # Uniform: the layers of a chunk in groups of so many, of each of which only the input is kept.
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": options.recompute_num_layers,
     }
 
 

@@ -8,10 +8,11 @@ of a checkpoint in one spelling, whichever release of transformers wrote them (`
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from r1mega.config import checkpoint_files
 from r1mega.parallel.layout import ShapeNumbers
 
 FAMILIES = ("deepseek_v3", "qwen2", "llama")
@@ -39,7 +40,7 @@ _INERT = {
     "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "sliding_window", "max_window_layers",
     "_attn_implementation_autoset", "tokenizer_class", "decoder_start_token_id", "_experts_implementation",
     # Multi-token prediction adds layers after the model, which its own forward pass does not use. transformers writes 1
-    # even where there are none; a checkpoint that holds their tensors is refused by those.
+    # even where there are none: the tensors say (see `read`).
     "num_nextn_predict_layers", "num_mtp_layers",
 }  # fmt: skip
 # Fields honoured at one value only.
@@ -75,6 +76,12 @@ class HfFields:
     family: str
     values: dict[str, Any]
     rope: dict[str, Any]
+    num_mtp_layers: int = 0
+    """Multi-token-prediction layers: 0 or 1."""
+
+    def without_mtp(self) -> HfFields:
+        """The same model without its multi-token-prediction layer."""
+        return replace(self, num_mtp_layers=0)
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -124,7 +131,32 @@ def read(checkpoint_dir: str | Path) -> HfFields:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); restore the file from its source") from None
-    return parse(raw, path)
+    fields = parse(raw, path)
+    return replace(fields, num_mtp_layers=_num_mtp_layers(fields))
+
+
+def _num_mtp_layers(fields: HfFields) -> int:
+    """1 where the checkpoint holds the tensors of a layer after the last, or asks for one and has no weights yet."""
+    if fields.family != "deepseek_v3":
+        return 0
+    folder, layer = fields.path.parent, fields["num_hidden_layers"]
+    if not any(folder.glob("*.safetensors")):
+        count = fields.values.get("num_nextn_predict_layers", 0)
+    else:
+        # Damaged files are reported by the checks of the checkpoint, not here.
+        names = checkpoint_files.tensor_names(folder)
+        count = len({name.split(".")[2] for name in names if _layer_of(name) >= layer})
+    if count > 1:
+        raise ValueError(
+            f"{fields.path}: num_nextn_predict_layers: got {count}; at most one such layer is honoured; "
+            "remove the others from a copy of the checkpoint"
+        )
+    return count
+
+
+def _layer_of(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[2]) if name.startswith("model.layers.") and parts[2].isdigit() else -1
 
 
 def parse(raw: dict[str, Any], path: Path = Path("config.json")) -> HfFields:

@@ -30,6 +30,12 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -40,6 +46,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from r1mega.models.attention import TorchCoreAttention
+from r1mega.models.router import SequenceLayer, SequenceRouter
 
 
 class RMSNorm(torch.nn.Module):
@@ -74,8 +81,8 @@ class DuplicatedLinear(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight), None
 
 
-def decoder_spec(config: TransformerConfig, layer_spec: str) -> TransformerBlockSubmodules:
-    """The decoder layers of this rank's pipeline stage.
+def decoder_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The decoder layers of this rank's pipeline stage, or of one of its chunks in an interleaved pipeline.
 
     Raises:
         ValueError: `te` is asked for and Transformer Engine is not installed, or the name is unknown.
@@ -86,7 +93,12 @@ def decoder_spec(config: TransformerConfig, layer_spec: str) -> TransformerBlock
                 "device.layer_spec: got te; the package transformer_engine is not installed; "
                 "install the extra 'gpu' or set device.layer_spec=torch"
             )
-        return gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm")
+        block = gpt_layer_specs.get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage
+        )
+        for layer in block.layer_specs:
+            _route_by_sequence(layer)
+        return block
     if layer_spec != "torch":
         raise ValueError(f"device.layer_spec: got {layer_spec}; must be torch or te")
     _mend_absent_transformer_engine()
@@ -95,9 +107,34 @@ def decoder_spec(config: TransformerConfig, layer_spec: str) -> TransformerBlock
     if config.num_moe_experts:
         moe, pattern = _layer(config, is_moe=True), config.moe_layer_freq
     layers = [moe if is_moe else dense for is_moe in pattern]
-    first = get_transformer_layer_offset(config)
+    first = get_transformer_layer_offset(config, vp_stage)
     return TransformerBlockSubmodules(
-        layer_specs=layers[first : first + get_num_layers_to_build(config)], layer_norm=RMSNorm
+        layer_specs=layers[first : first + get_num_layers_to_build(config, vp_stage)], layer_norm=RMSNorm
+    )
+
+
+def mtp_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None = None) -> ModuleSpec:
+    """The multi-token-prediction layer (V3 section 2.2), whose inner layer is one of experts."""
+    if layer_spec == "te":
+        decoder = gpt_layer_specs.get_gpt_decoder_layer_specs(
+            config, use_transformer_engine=True, normalization="RMSNorm", qk_l2_norm=False, vp_stage=vp_stage
+        )
+        _route_by_sequence(decoder[-1])
+        return gpt_layer_specs.get_gpt_mtp_block_spec(
+            config, decoder[-1], use_transformer_engine=True, vp_stage=vp_stage
+        )
+    layer = ModuleSpec(
+        module=MultiTokenPredictionLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=RMSNorm,
+            hnorm=RMSNorm,
+            eh_proj=ColumnParallelLinear,
+            transformer_layer=_layer(config, is_moe=True),
+            layer_norm=RMSNorm,
+        ),
+    )
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer])
     )
 
 
@@ -112,7 +149,7 @@ def mark_expert_parameters(model: torch.nn.Module) -> None:
 def _layer(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
     attention = _mla() if config.multi_latent_attention else _grouped_query_attention()
     return ModuleSpec(
-        module=TransformerLayer,
+        module=SequenceLayer if is_moe else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
@@ -124,6 +161,14 @@ def _layer(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
     )
 
 
+def _route_by_sequence(layer: ModuleSpec) -> None:
+    """Put our router into a layer of Megatron's spec, where it has one."""
+    mlp = layer.submodules.mlp
+    if mlp.module is MoELayer:
+        layer.module = SequenceLayer
+        mlp.submodules.router = SequenceRouter
+
+
 def _linears() -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
@@ -133,6 +178,7 @@ def _experts() -> ModuleSpec:
         module=MoELayer,
         submodules=MoESubmodules(
             experts=ModuleSpec(module=SequentialMLP, submodules=_linears()),
+            router=SequenceRouter,
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_linears()),
         ),
         metainfo={"fuse_pre_mlp_layernorm": False},

@@ -123,7 +123,9 @@ class Slot:
         expert: routed expert, or None.
         place: "layer", "first" or "last".
         fp32: kept in fp32 whatever the parameters' dtype is.
-        is_copy: filled from the checkpoint but never exported: a tied table on the last stage.
+        is_copy: filled from the checkpoint but never exported: a table of the first stage that the last one needs too.
+        aliases: tensors of the checkpoint that repeat `tensors[0]` under other names; exported again, and compared with
+            it when they are read.
     """
 
     name: str
@@ -135,6 +137,7 @@ class Slot:
     place: str = "layer"
     fp32: bool = False
     is_copy: bool = False
+    aliases: tuple[HfTensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,21 +150,29 @@ class Placement:
     num_dense_layers: int = 0  # the first layers, which have no experts
     has_mla: bool = False
 
-    def stage(self, slot: Slot) -> int:
-        """The pipeline stage that holds the slot."""
+    def chunk(self, slot: Slot) -> int:
+        """The chunk of layers, counted over the whole pipeline, that holds the slot."""
         if slot.place == "first":
             return 0
         if slot.place == "last":
-            return self.layout.pp - 1
+            return self.layout.num_chunks - 1
         assert slot.layer is not None
-        return slot.layer // (self.num_layers // self.layout.pp)
+        return self.layout.layer_place(slot.layer, self.num_layers)[0]
+
+    def stage(self, slot: Slot) -> int:
+        """The pipeline stage that holds the slot."""
+        return self.chunk(slot) % self.layout.pp
+
+    def model_index(self, slot: Slot) -> int:
+        """Which of its stage's model chunks holds the slot; 0 unless the pipeline is interleaved."""
+        return self.chunk(slot) // self.layout.pp
 
     def num_shards(self, slot: Slot) -> int:
         return {"tp": self.layout.tp, "etp": self.layout.etp, None: 1}[slot.axis]
 
     def owner(self, slot: Slot, shard: int) -> int:
-        """The first global rank that holds this shard of the slot (data parallel copies come after it)."""
-        base = self.stage(slot) * self.layout.tp * self.layout.dp
+        """The first global rank that holds this shard of the slot (context and data parallel copies come after it)."""
+        base = self.stage(slot) * self.layout.per_stage
         if slot.expert is None:
             return base + shard
         ep = slot.expert // (self.num_experts // self.layout.ep)
@@ -180,13 +191,14 @@ class Placement:
         """The name of the slot inside the module of the rank that holds it."""
         name = slot.name
         if slot.layer is not None:
-            local = slot.layer % (self.num_layers // self.layout.pp)
+            local = self.layout.layer_place(slot.layer, self.num_layers)[1]
             name = name.replace(f"layers.{slot.layer}.", f"layers.{local}.", 1)
         if slot.expert is not None:
             local = slot.expert % (self.num_experts // self.layout.ep)
             name = name.replace(f"local_experts.{slot.expert}.", f"local_experts.{local}.", 1)
         if layer_spec == "te":
-            is_moe_layer = self.num_experts > 0 and slot.layer is not None and slot.layer >= self.num_dense_layers
+            layer = self.num_layers if slot.layer is None else slot.layer  # the MTP layer comes after the others
+            is_moe_layer = self.num_experts > 0 and layer >= self.num_dense_layers
             return te_renamed(name, has_mla=self.has_mla, is_moe_layer=is_moe_layer)
         return name
 

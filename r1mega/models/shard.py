@@ -6,7 +6,7 @@ every owner broadcasts its shards of a bucket in one message, and whoever wants 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -29,36 +29,38 @@ class ShardedModel:
     """The parameters of one rank, seen through the table of its family.
 
     Args:
-        model: this rank's bare GPTModel (not wrapped by DDP).
+        chunks: this rank's bare GPTModels (not wrapped by DDP), one unless the pipeline is interleaved.
         fields: the model's config.json.
         layer_spec: "torch" or "te", which names the modules.
     """
 
-    def __init__(self, model: torch.nn.Module, fields: HfFields, groups: Groups, layer_spec: str) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], fields: HfFields, groups: Groups, layer_spec: str) -> None:
         self.slots = slots_of(fields)
         self.placement: Placement = placement_of(fields, groups.layout)
         self._groups = groups
-        self._dtype = next(model.parameters()).dtype
-        named = dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if _is_persistent(name)}
+        self._dtype = next(chunks[0].parameters()).dtype
+        named = {(index, name): value for index, chunk in enumerate(chunks) for name, value in _named(chunk)}
         self.local: list[tuple[Slot, int, torch.Tensor]] = []
         seen = set()
         for slot in self.slots:
             shard = self.placement.shard_on(slot, groups.rank)
             if shard is None:
                 continue
-            name = self.placement.local_name(slot, layer_spec)
-            if slot.is_copy and name not in named:
-                continue  # a tied table on a stage that holds the embedding itself
-            if name not in named:
-                raise ValueError(f"table of {fields.family}: {slot.name} is {name} here, which the model does not have")
-            seen.add(name)
+            key = self.placement.model_index(slot), self.placement.local_name(slot, layer_spec)
+            if slot.is_copy and (key not in named or key in seen):
+                continue  # the chunk holds the table itself
+            if key not in named:
+                raise ValueError(
+                    f"table of {fields.family}: {slot.name} is {key[1]} here, which the model does not have"
+                )
+            seen.add(key)
             if slot.axis is not None:
-                _mark_cut(named[name], slot)
-            self.local.append((slot, shard, named[name]))
+                _mark_cut(named[key], slot)
+            self.local.append((slot, shard, named[key]))
         missing = sorted(set(named) - seen)
         if missing:
             raise ValueError(
-                f"table of {fields.family}: the model's {missing[0]} and {len(missing) - 1} more are in no slot"
+                f"table of {fields.family}: the model's {missing[0][1]} and {len(missing) - 1} more are in no slot"
             )
 
     @torch.no_grad()
@@ -66,6 +68,12 @@ class ShardedModel:
         """Fill every parameter of this rank from the source. Raises ValueError where a shard does not fit."""
         for slot, shard, parameter in self.local:
             tensors = [source.get(tensor) for tensor in slot.tensors]
+            for alias in slot.aliases:
+                if not torch.equal(source.get(alias), tensors[0]):
+                    raise ValueError(
+                        f"{alias.name}: differs from {slot.tensors[0].name}; the multi-token-prediction layer shares "
+                        "that table with the model; make them equal in a copy of the checkpoint, or set model.mtp=drop"
+                    )
             value = slot.op.to_megatron(tensors, shard, self.placement.num_shards(slot))
             if value.shape != parameter.shape:
                 raise ValueError(
@@ -87,6 +95,8 @@ class ShardedModel:
                 parts = [shards[id(slot), shard] for shard in range(self.placement.num_shards(slot))]
                 for tensor, value in zip(slot.tensors, slot.op.to_hf(parts), strict=True):
                     yield tensor.name, value
+                    for alias in slot.aliases:
+                        yield alias.name, value
 
     def gather_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Like `gather`, of the gradients. `parameter.full_grad` must have been set to the whole reduced gradient."""
@@ -164,5 +174,7 @@ def _mark_cut(parameter: torch.Tensor, slot: Slot) -> None:
     parameter.partition_stride = 1
 
 
-def _is_persistent(name: str) -> bool:
-    return name.endswith(".expert_bias")
+def _named(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and the buffers that belong to the checkpoint."""
+    yield from chunk.named_parameters()
+    yield from ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(".expert_bias"))

@@ -25,6 +25,7 @@ class Groups:
     coordinate: Coordinate
     device: torch.device
     tp: dist.ProcessGroup
+    cp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
     ep: dist.ProcessGroup
@@ -42,15 +43,16 @@ class Groups:
         return self.coordinate.pp == self.layout.pp - 1
 
     @property
-    def last_stage_source(self) -> int:
-        """The global rank of the last stage's (tp 0, dp 0), where reduced numbers of the loss are."""
-        return self.layout.tp * self.layout.dp * (self.layout.pp - 1)
+    def speaks_for_loss(self) -> bool:
+        """Whether this rank reports the loss of its data-parallel part: its tp and cp neighbours have the same."""
+        return self.is_last_stage and self.coordinate.tp == 0 and self.coordinate.cp == 0
 
 
 def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: float, threads: int = 1) -> Groups:
     """Join the world given by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and cut it into groups.
 
-    Every collective carries `timeout_minutes`, so that a rank that is gone ends the run instead of hanging it.
+    Every collective carries `timeout_minutes`, so that a rank that is gone ends the run instead of hanging it. Called
+    again in the same process, it cuts the same world anew.
 
     Raises:
         ValueError: the world's size is not the layout's, or the device is not there.
@@ -61,15 +63,19 @@ def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: 
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = devices.prepare(device_type, local_rank, threads)
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(devices.backend(device_type), rank=rank, world_size=world_size, timeout=timeout)
+    if not dist.is_initialized():
+        dist.init_process_group(devices.backend(device_type), rank=rank, world_size=world_size, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout) if device_type == "cuda" else dist.group.WORLD
 
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.process_groups_config import ProcessGroupCollection
 
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
@@ -77,8 +83,17 @@ def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: 
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
+    return _groups(layout, rank, device, control)
+
+
+def _groups(layout: Layout, rank: int, device: torch.device, control: dist.ProcessGroup) -> Groups:
+    """Megatron's groups of this rank, after checking that our coordinates are Megatron's."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
     coordinate = layout.coordinate(rank)
     assert coordinate.tp == parallel_state.get_tensor_model_parallel_rank()
+    assert coordinate.cp == parallel_state.get_context_parallel_rank()
     assert coordinate.pp == parallel_state.get_pipeline_model_parallel_rank()
     assert coordinate.dp == parallel_state.get_data_parallel_rank()
     assert coordinate.ep == parallel_state.get_expert_model_parallel_rank()
@@ -89,6 +104,7 @@ def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: 
         coordinate=coordinate,
         device=device,
         tp=parallel_state.get_tensor_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         ep=parallel_state.get_expert_model_parallel_group(),

@@ -1,14 +1,17 @@
 """What one micro-batch hands the model: sequences laid end to end, and which positions predict response tokens.
 
-Shape suffixes: T positions of the micro-batch, R response tokens in it, S its sequences.
+Shape suffixes: T positions of the micro-batch held by this rank, R response tokens in the micro-batch, S its sequences.
+With context parallelism a rank holds a part of each sequence, and so predicts a part of the R tokens only; L counts
+those, M what it predicts two tokens ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from r1mega.models.attention import PackedSequences
 
@@ -23,55 +26,142 @@ class PackItem:
 
 @dataclass
 class MicroBatch:
-    """Sequences end to end on the device. Row r of the R response tokens is predicted at position `rows_R[r]`."""
+    """Sequences end to end on the device. Prediction l of this rank's L is made at its position `rows_L[l]`.
+
+    `select_L` says which of the R response tokens each prediction is of; None: of all, in order.
+    """
 
     tokens_1T: torch.Tensor
     positions_1T: torch.Tensor
     packed: PackedSequences
-    rows_R: torch.Tensor
-    targets_R: torch.Tensor
+    rows_L: torch.Tensor
+    targets_L: torch.Tensor
+    select_L: torch.Tensor | None
+    further_rows_M: torch.Tensor  # where this rank predicts a response token from two before it
+    further_targets_M: torch.Tensor
     sequence_R: torch.Tensor  # which of the micro-batch's sequences each response token is of
     samples: tuple[int, ...]  # indices of the sequences in the batch they were taken from
     num_responses: tuple[int, ...]  # response tokens of each
 
 
-def make_micro_batch(
-    sequences: Sequence[PackItem], samples: Sequence[int], *, multiple_of: int, device: torch.device
-) -> MicroBatch:
-    """Lay the chosen samples end to end and pad to a multiple of `multiple_of` (sequence parallel ranks).
+@dataclass(frozen=True)
+class Cut:
+    """How a micro-batch is cut over the tensor (sequence) and context parallel ranks."""
 
-    The padding is a sequence of its own, so no sample sees it. An empty choice gives a micro-batch of padding only.
-    """
-    tokens: list[int] = []
-    positions: list[int] = []
-    lengths, rows, targets, owners = [], [], [], []
-    for at, sample in enumerate(samples):
-        sequence = sequences[sample]
-        size, response = len(sequence.tokens), sequence.num_response
+    tp: int = 1
+    cp: int = 1
+    cp_rank: int = 0
+    cp_group: dist.ProcessGroup | None = None
+
+    @property
+    def multiple(self) -> int:
+        """What the padded length of a pack divides by: each of the 2 cp slices of a sequence has whole tokens, and each
+        rank's tokens divide by tp. With cp > 1 it holds for every sequence."""
+        return self.tp if self.cp == 1 else 2 * self.cp * self.tp
+
+    def padded(self, length: int) -> int:
+        """The next length that can be cut."""
+        return length + -length % self.multiple
+
+    def pack_length(self, lengths: Iterable[int]) -> int:
+        """Positions that sequences of these lengths take, padding included."""
+        total = sum(length if self.cp == 1 else self.padded(length) for length in lengths)
+        return max(self.padded(total), self.multiple)
+
+
+@dataclass
+class _Laid:
+    """Sequences end to end, as lists over the whole pack: before it is cut over context ranks."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    holders: list[int] = field(default_factory=list)  # the sequence each token is of, -1 for padding
+    lengths: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # where each response token is predicted
+    targets: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)  # the sequence each response token is of
+
+    def add(self, at: int, sequence: PackItem, length: int) -> None:
+        """One sequence, padded at its end to `length`."""
+        size, response, start = len(sequence.tokens), sequence.num_response, len(self.tokens)
         assert 0 < response < size, "a response needs a token before it to be predicted from"
-        start = len(tokens)
-        tokens.extend(sequence.tokens)
-        positions.extend(range(size))
-        rows.extend(range(start + size - response - 1, start + size - 1))
-        targets.extend(sequence.tokens[size - response :])
-        owners.extend([at] * response)
-        lengths.append(size)
-    padding = -len(tokens) % multiple_of if tokens else multiple_of
-    if padding:
-        tokens.extend([0] * padding)
-        positions.extend(range(padding))
-        lengths.append(padding)
+        self.tokens.extend((*sequence.tokens, *[0] * (length - size)))
+        self.positions.extend(range(length))
+        self.holders.extend([at] * size + [-1] * (length - size))
+        self.lengths.append(length)
+        self.rows.extend(range(start + size - response - 1, start + size - 1))
+        self.targets.extend(sequence.tokens[size - response :])
+        self.owners.extend([at] * response)
+
+    def pad(self, count: int) -> None:
+        """A sequence of padding alone."""
+        if count:
+            self.tokens.extend([0] * count)
+            self.positions.extend(range(count))
+            self.holders.extend([-1] * count)
+            self.lengths.append(count)
+
+
+def make_micro_batch(
+    sequences: Sequence[PackItem],
+    samples: Sequence[int],
+    *,
+    cut: Cut,
+    device: torch.device,
+    length: int = 0,
+    balance_weight: float = 0.0,
+) -> MicroBatch:
+    """Lay the chosen samples end to end, padded to what the cut divides, and to at least `length` positions.
+
+    With cp = 1 the padding is a sequence of its own, so no sample sees it. With cp > 1 each sequence is padded at its
+    end, where causality hides the padding from its tokens. An empty choice gives a micro-batch of padding only.
+    """
+    chosen = [sequences[sample] for sample in samples]
+    laid = _Laid()
+    for at, sequence in enumerate(chosen):
+        size = len(sequence.tokens)
+        laid.add(at, sequence, size if cut.cp == 1 else cut.padded(size))
+    laid.pad(max(length, cut.pack_length(len(sequence.tokens) for sequence in chosen)) - len(laid.tokens))
 
     def on_device(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    return MicroBatch(
-        tokens_1T=on_device(tokens)[None],
-        positions_1T=on_device(positions)[None],
-        packed=PackedSequences.of(lengths, device),
-        rows_R=on_device(rows),
-        targets_R=on_device(targets),
-        sequence_R=on_device(owners),
-        samples=tuple(samples),
-        num_responses=tuple(sequences[sample].num_response for sample in samples),
+    packed = PackedSequences.of(laid.lengths, device, cp=cut.cp, cp_rank=cut.cp_rank, cp_group=cut.cp_group)
+    tokens_T, positions_T, owners_T = map(on_device, (laid.tokens, laid.positions, laid.holders))
+    rows_L, targets_L, select_L = _held(packed, on_device(laid.rows), on_device(laid.targets))
+    # A prediction from two tokens before needs such a token: the first response token of a one-token prompt has none.
+    further = [i for i, row in enumerate(laid.rows) if laid.positions[row] > 0]
+    further_rows_M, further_targets_M, _ = _held(
+        packed, on_device([laid.rows[i] - 1 for i in further]), on_device([laid.targets[i] for i in further])
     )
+    if packed.local is not None:
+        tokens_T, positions_T, owners_T = (part[packed.local] for part in (tokens_T, positions_T, owners_T))
+    packed.owners = owners_T
+    packed.num_tokens = on_device([len(sequence.tokens) for sequence in chosen])
+    packed.balance_weight = balance_weight
+    return MicroBatch(
+        tokens_1T=tokens_T[None],
+        positions_1T=positions_T[None],
+        packed=packed,
+        rows_L=rows_L,
+        targets_L=targets_L,
+        select_L=select_L,
+        further_rows_M=further_rows_M,
+        further_targets_M=further_targets_M,
+        sequence_R=on_device(laid.owners),
+        samples=tuple(samples),
+        num_responses=tuple(sequence.num_response for sequence in chosen),
+    )
+
+
+def _held(
+    packed: PackedSequences, rows: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of predictions at positions `rows` of the pack, those whose position this rank holds, by its own positions; and
+    which they are (None: all)."""
+    if packed.local is None:
+        return rows, targets, None
+    place = torch.full((int(packed.cu_seqlens_q[-1]),), -1, dtype=torch.int64, device=rows.device)
+    place[packed.local] = torch.arange(len(packed.local), device=rows.device)
+    select = (place[rows] >= 0).nonzero().flatten()
+    return place[rows[select]], targets[select], select

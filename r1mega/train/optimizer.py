@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,9 @@ def wrap(model: torch.nn.Module, groups: Groups) -> DistributedDataParallel:
     return wrapped
 
 
-def make_optimizer(wrapped: DistributedDataParallel, settings: AdamSettings) -> MegatronOptimizer:
+def make_optimizer(wrapped: Sequence[DistributedDataParallel], settings: AdamSettings) -> MegatronOptimizer:
     """Distributed Adam with fp32 master weights and moments."""
-    dtype = wrapped.module.config.params_dtype
+    dtype = wrapped[0].module.config.params_dtype
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -61,16 +62,16 @@ def make_optimizer(wrapped: DistributedDataParallel, settings: AdamSettings) -> 
         use_distributed_optimizer=True,
         barrier_with_L1_time=False,
     )
-    return get_megatron_optimizer(config, [wrapped], use_gloo_process_groups=False)
+    return get_megatron_optimizer(config, list(wrapped), use_gloo_process_groups=False)
 
 
-def full_gradients(wrapped: DistributedDataParallel) -> dict[str, torch.Tensor]:
+def full_gradients(chunks: Sequence[DistributedDataParallel]) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Each local parameter's whole reduced gradient, fp32. Collective over the data-parallel groups.
 
     After the reduce-scatter a rank's gradient buffer is valid only in its own shard; the shards are put together here.
     Call between the backward pass and the optimizer step.
     """
-    for buffer in [*wrapped.buffers, *wrapped.expert_parallel_buffers]:
+    for buffer in [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]:
         group = buffer.data_parallel_group
         size = group.size()
         if size == 1:
@@ -79,4 +80,5 @@ def full_gradients(wrapped: DistributedDataParallel) -> dict[str, torch.Tensor]:
             numel = bucket.grad_data.numel() // size
             shard = bucket.grad_data[group.rank() * numel : (group.rank() + 1) * numel].clone()
             torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
-    return {name: p.main_grad.detach().clone() for name, p in wrapped.module.named_parameters() if p.requires_grad}
+    parameters = [parameter for chunk in chunks for parameter in chunk.module.parameters()]
+    return {parameter: parameter.main_grad.detach().clone() for parameter in parameters if parameter.requires_grad}

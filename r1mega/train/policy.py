@@ -13,15 +13,15 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from r1mega.algo.logprobs import logprobs_and_entropy
-from r1mega.algo.packing import Plan
+from r1mega.algo.packing import Plan, plan_batch
 from r1mega.algo.policy_loss import merge_metrics
-from r1mega.models.build import build_model
+from r1mega.models.build import build_chunks
 from r1mega.models.hf_config import ModelOptions
 from r1mega.models.hf_fields import HfFields
 from r1mega.models.shard import ShardedModel, TensorSource
-from r1mega.parallel.collectives import gather
+from r1mega.parallel.collectives import gather, spread_over, sum_once
 from r1mega.parallel.groups import Groups
-from r1mega.train.batch import MicroBatch, PackItem, make_micro_batch
+from r1mega.train.batch import Cut, MicroBatch, PackItem, make_micro_batch
 from r1mega.train.optimizer import AdamSettings, full_gradients, make_optimizer, wrap
 
 # (log-probs [R], entropy [R], micro-batch) -> (loss, sums to report). Names that end in `_max` are reduced by maximum.
@@ -36,11 +36,12 @@ class MegatronPolicy:
     ) -> None:
         self.fields, self.groups = fields, groups
         self.temperature = temperature
-        self.model = build_model(fields, groups, options)
-        self.sharded = ShardedModel(self.model, fields, groups, options.layer_spec)
-        self._wrapped = wrap(self.model, groups)
+        self.chunks = build_chunks(fields, groups, options)
+        self.sharded = ShardedModel(self.chunks, fields, groups, options.layer_spec)
+        self._wrapped = [wrap(chunk, groups) for chunk in self.chunks]
         self._adam = adam
         self._optimizer = None
+        self._mtp_weight = 0.0
         self._copies: dict[str, list[torch.Tensor]] = {}
         self._forward_backward = get_forward_backward_func()
 
@@ -48,6 +49,16 @@ class MegatronPolicy:
         """Fill the parameters from a source of Hugging Face tensors, and take up the optimizer's state on them."""
         self.sharded.fill(source)
         self._optimizer = make_optimizer(self._wrapped, self._adam)
+
+    def plan(self, sequences: Sequence[PackItem], max_tokens: int) -> Plan:
+        """Which sequences go into which micro-batch of which data-parallel part; see `algo.packing.plan_batch`."""
+        layout = self.groups.layout
+        return plan_batch(
+            [len(sequence.tokens) for sequence in sequences],
+            dp=layout.dp,
+            max_tokens=max_tokens,
+            multiple_of_count=layout.pp if layout.vpp > 1 else 1,  # Megatron's interleaved schedule asks for it
+        )
 
     def logprobs(self, sequences: Sequence[PackItem], plan: Plan) -> list[torch.Tensor]:
         """Log-probs of each sequence's response tokens, fp32 on the CPU, on every rank."""
@@ -67,18 +78,31 @@ class MegatronPolicy:
         flat = torch.zeros(sum(sizes))
         parts = flat.split(sizes)
         # Exactly one rank speaks for each sequence: adding the zeros of the others changes no bit.
-        if self.groups.is_last_stage and self.groups.coordinate.tp == 0:
+        if self.groups.speaks_for_loss:
             for sample, values in mine.items():
                 parts[sample].copy_(values)
         if self.groups.layout.world_size > 1:
             dist.all_reduce(flat, group=self.groups.control)
         return list(parts)
 
-    def forward_backward(self, sequences: Sequence[PackItem], plan: Plan, loss: Loss) -> dict[str, float]:
-        """Accumulate the gradient of one update's loss; returns its reported sums over all micro-batches and ranks."""
-        self._wrapped.zero_grad_buffer()
+    def forward_backward(
+        self, sequences: Sequence[PackItem], plan: Plan, loss: Loss, *, mtp_weight: float = 0.0
+    ) -> dict[str, float]:
+        """Accumulate the gradient of one update's loss; returns its reported sums over all micro-batches and ranks.
+
+        `mtp_weight` times the summed cross-entropy of the multi-token-prediction layer joins the loss; 0 leaves that
+        layer out of the computation.
+        """
+        for wrapped in self._wrapped:
+            wrapped.zero_grad_buffer()
         self._optimizer.zero_grad()
-        reports = self._run(sequences, plan, loss, forward_only=False)
+        self._mtp_weight = mtp_weight
+        self.chunks[-1].looks_further = mtp_weight > 0
+        try:
+            reports = self._run(sequences, plan, loss, forward_only=False)
+        finally:
+            self._mtp_weight = 0.0
+            self.chunks[-1].looks_further = False
         return self._reduce(reports)
 
     def optimizer_step(self, lr: float) -> float:
@@ -98,10 +122,9 @@ class MegatronPolicy:
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(hf_name, gradient) of every parameter, after `forward_backward` and before `optimizer_step`."""
         whole = full_gradients(self._wrapped)
-        by_identity = {id(p): whole[name] for name, p in self.model.named_parameters()}
         for _slot, _shard, parameter in self.sharded.local:
-            if id(parameter) in by_identity:
-                parameter.full_grad = by_identity[id(parameter)]
+            if parameter in whole:
+                parameter.full_grad = whole[parameter]
         yield from self.sharded.gather_gradients()
 
     def export_hf(self, *, wanted: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
@@ -132,11 +155,22 @@ class MegatronPolicy:
                 parameter.data = data
 
     def _run(self, sequences: Sequence[PackItem], plan: Plan, loss: Loss, *, forward_only: bool) -> list[dict]:
-        layout = self.groups.layout
-        chunks = plan.chunks[self.groups.coordinate.dp]
-        batches = (
-            make_micro_batch(sequences, chunk, multiple_of=layout.tp, device=self.groups.device) for chunk in chunks
-        )
+        layout, at = self.groups.layout, self.groups.coordinate
+        samples = plan.chunks[at.dp]
+        cut = Cut(layout.tp, layout.cp, at.cp, self.groups.cp)
+        # The stages of an interleaved pipeline exchange tensors of one shape (see models.hf_config).
+        length = max(cut.pack_length(len(sequences[i].tokens) for i in chosen) for chosen in samples)
+        batches = [
+            make_micro_batch(
+                sequences,
+                chosen,
+                cut=cut,
+                device=self.groups.device,
+                length=length if layout.vpp > 1 else 0,
+                balance_weight=1.0 / len(sequences),
+            )
+            for chosen in samples
+        ]
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch = next(iterator)
@@ -150,11 +184,12 @@ class MegatronPolicy:
 
         reports = self._forward_backward(
             forward_step_func=forward_step,
-            data_iterator=batches,
-            model=[self._wrapped],
-            num_microbatches=len(chunks),
-            # Shapes travel with each micro-batch (variable_seq_lengths): these two only have to be there.
-            seq_length=layout.tp,
+            # Each chunk of an interleaved pipeline goes through all micro-batches.
+            data_iterator=[iter(batches) for _ in self._wrapped],
+            model=self._wrapped,
+            num_microbatches=len(batches),
+            # Without interleaving shapes travel with each micro-batch, and this only has to be there.
+            seq_length=length,
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -163,21 +198,34 @@ class MegatronPolicy:
     def _loss(self, hidden: torch.Tensor, batch: MicroBatch, loss: Loss) -> tuple[torch.Tensor, dict]:
         if not batch.samples:
             return hidden.sum() * 0.0, {}  # a micro-batch of padding, so that all ranks run equally many
-        logits_RV = self.model.logits(hidden, batch.rows_R)
-        logprobs_R, entropy_R = logprobs_and_entropy(
-            logits_RV,
-            batch.targets_R,
+        last = self.chunks[-1]
+        found = self._score(last.logits(hidden, batch.rows_L), batch.targets_L, self.temperature)
+        if batch.select_L is not None:
+            found = (spread_over(values, batch.select_L, len(batch.sequence_R), self.groups.cp) for values in found)
+        logprobs_R, entropy_R = found
+        value, report = loss(logprobs_R, entropy_R, batch)
+        if self._mtp_weight:
+            logits_MV = last.logits(hidden, batch.further_rows_M, further=True)
+            further_M, _ = self._score(logits_MV, batch.further_targets_M, 1.0)
+            further = -self._mtp_weight * sum_once(further_M.sum(), self.groups.cp)
+            value, report = value + further, report | {"mtp_loss": further.detach()}
+        return value, report
+
+    def _score(self, logits_LV: torch.Tensor, targets_L: torch.Tensor, temperature: float):
+        """Log-probs [L] of the targets and entropies [L]; logits hold this tensor rank's part of the vocabulary."""
+        return logprobs_and_entropy(
+            logits_LV,
+            targets_L,
             group=self.groups.tp if self.groups.layout.tp > 1 else None,
-            temperature=self.temperature,
+            temperature=temperature,
             vocab_size=self.fields["vocab_size"],
         )
-        return loss(logprobs_R, entropy_R, batch)
 
     def _reduce(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sums and maxima of the reports over micro-batches and the data-parallel ranks of the last stage,
         everywhere."""
         total: dict[str, float] = {}
-        if self.groups.is_last_stage and self.groups.coordinate.tp == 0:
+        if self.groups.speaks_for_loss:
             merged = merge_metrics(reports)
             if merged:
                 # One wait for the device, however many numbers there are.

@@ -35,8 +35,8 @@ def test_sound_input_passes(faults: Callable[..., list[str]]) -> None:
     ("override", "rule"),
     [
         ("parallel.tp=3", "parallel.tp: got 3; must divide the model's num_attention_heads = 4"),
-        ("parallel.pp=3", "parallel.pp: got 3; must divide the model's num_hidden_layers = 4"),
-        ("parallel.ep=2", "parallel.ep: got ep=2, etp=1; ep x etp must divide tp x dp = 1"),
+        ("parallel.pp=3", "parallel.pp: got pp=3, vpp=1; pp x vpp must divide num_hidden_layers = 4"),
+        ("parallel.ep=2", "parallel.ep: got ep=2, etp=1; ep x etp must divide tp x cp x dp = 1"),
     ],
 )
 def test_a_layout_that_does_not_divide(faults: Callable[..., list[str]], override: str, rule: str) -> None:

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from r1mega.models.hf_fields import HfFields
 from r1mega.models.param_map import QKV, Cut, GateUp, HfTensor, Slot, Vocabulary, Whole
 
 
-def embedding(fields: HfFields) -> Slot:
+def embedding(fields: HfFields, alias: str | None = None) -> Slot:
+    """The embedding; `alias` is a second name it goes by in the checkpoint."""
     shape = (fields["vocab_size"], fields["hidden_size"])
     return Slot(
         "embedding.word_embeddings.weight",
         (HfTensor("model.embed_tokens.weight", shape),),
         Vocabulary(shape[0]),
         place="first",
+        aliases=(HfTensor(alias, shape),) if alias else (),
     )
 
 
-def head(fields: HfFields) -> Iterator[Slot]:
+def head(fields: HfFields, alias: str | None = None) -> Iterator[Slot]:
     """The final norm and the output table; a tied table is the embedding's, held again by the last stage."""
     hidden, vocab = fields["hidden_size"], fields["vocab_size"]
     norm = HfTensor("model.norm.weight", (hidden,), "norm")
-    yield Slot("decoder.final_layernorm.weight", (norm,), Whole(), axis=None, place="last")
+    final = Slot("decoder.final_layernorm.weight", (norm,), Whole(), axis=None, place="last")
+    # Where a multi-token-prediction layer follows, Megatron keeps the norm with the last decoder layer.
+    yield replace(final, place="layer", layer=fields["num_hidden_layers"] - 1) if fields.num_mtp_layers else final
     tied = fields["tie_word_embeddings"]
     source = "model.embed_tokens.weight" if tied else "lm_head.weight"
     yield Slot(
-        "output_layer.weight", (HfTensor(source, (vocab, hidden)),), Vocabulary(vocab), place="last", is_copy=tied
+        "output_layer.weight",
+        (HfTensor(source, (vocab, hidden)),),
+        Vocabulary(vocab),
+        place="last",
+        is_copy=tied,
+        aliases=(HfTensor(alias, (vocab, hidden)),) if alias else (),
     )
 
 

@@ -6,22 +6,45 @@ Names and shapes as published in the checkpoint of DeepSeek-V3-Base.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from r1mega.models.hf_fields import HfFields
-from r1mega.models.param_map import HfTensor, Slot, Whole
+from r1mega.models.param_map import Cut, HfTensor, Slot, Whole
 from r1mega.models.tables import common
 
 
 def slots(fields: HfFields) -> Iterator[Slot]:
     """Every parameter and the gate biases, in the order of the checkpoint."""
-    yield common.embedding(fields)
+    mtp = f"model.layers.{fields['num_hidden_layers']}" if fields.num_mtp_layers else None
+    yield common.embedding(fields, alias=f"{mtp}.embed_tokens.weight" if mtp else None)
     for layer in range(fields["num_hidden_layers"]):
         yield from _attention(fields, layer)
         if layer < fields["first_k_dense_replace"]:
             yield from common.gated_mlp("mlp", "mlp", fields["hidden_size"], fields["intermediate_size"], layer)
         else:
             yield from _experts(fields, layer)
-    yield from common.head(fields)
+    yield from common.head(fields, alias=f"{mtp}.shared_head.head.weight" if mtp else None)
+    if mtp:
+        yield from _multi_token_prediction(fields, mtp)
+
+
+def _multi_token_prediction(fields: HfFields, prefix: str) -> Iterator[Slot]:
+    """The layer after the last (V3 section 2.2): two norms, a projection of both, a layer of experts, a norm.
+
+    It stands on the last stage, which for it holds the embedding too.
+    """
+    hidden, layer, ours = fields["hidden_size"], fields["num_hidden_layers"], "mtp.layers.0"
+    yield replace(common.embedding(fields), place="last", is_copy=True)
+    for megatron, hf in (("enorm", "enorm"), ("hnorm", "hnorm")):
+        norm = HfTensor(f"{prefix}.{hf}.weight", (hidden,), "norm")
+        yield Slot(f"{ours}.{megatron}.weight", (norm,), Whole(), axis=None, place="last")
+    joined = HfTensor(f"{prefix}.eh_proj.weight", (hidden, 2 * hidden))
+    yield Slot(f"{ours}.eh_proj.weight", (joined,), Cut(0), place="last")
+    for slot in (*_attention(fields, layer), *_experts(fields, layer)):
+        name = slot.name.replace(f"decoder.layers.{layer}.", f"{ours}.transformer_layer.", 1)
+        yield replace(slot, name=name, layer=None, place="last")
+    norm = HfTensor(f"{prefix}.shared_head.norm.weight", (hidden,), "norm")
+    yield Slot(f"{ours}.final_layernorm.weight", (norm,), Whole(), axis=None, place="last")
 
 
 def _attention(fields: HfFields, layer: int) -> Iterator[Slot]:

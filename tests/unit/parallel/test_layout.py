@@ -24,24 +24,45 @@ def test_coordinates_by_hand():
     assert (at.expert_dp, at.ep, at.etp) == (1, 0, 0)
 
 
-@given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.data())
-def test_every_rank_has_its_own_place(tp, pp, dp, data):
-    etp = data.draw(st.sampled_from([n for n in (1, 2, 4) if (tp * dp) % n == 0]))
-    ep = data.draw(st.sampled_from([n for n in (1, 2, 4) if (tp * dp) % (etp * n) == 0]))
-    layout = Layout(tp=tp, pp=pp, ep=ep, etp=etp, dp=dp)
+SIZES = st.sampled_from([1, 2, 4])
+
+
+@given(SIZES, SIZES, st.sampled_from([1, 2, 3]), SIZES, st.data())
+def test_every_rank_has_its_own_place(tp, cp, pp, dp, data):
+    etp = data.draw(st.sampled_from([n for n in (1, 2, 4) if (tp * cp * dp) % n == 0]))
+    ep = data.draw(st.sampled_from([n for n in (1, 2, 4) if (tp * cp * dp) % (etp * n) == 0]))
+    layout = Layout(tp=tp, cp=cp, pp=pp, ep=ep, etp=etp, dp=dp)
     assert layout.problems() == []
     places = [layout.coordinate(rank) for rank in range(layout.world_size)]
-    assert len({(at.tp, at.dp, at.pp) for at in places}) == layout.world_size
+    assert len({(at.tp, at.cp, at.dp, at.pp) for at in places}) == layout.world_size
     assert len({(at.etp, at.ep, at.expert_dp, at.pp) for at in places}) == layout.world_size
     assert max(at.expert_dp for at in places) + 1 == layout.expert_dp
 
 
-@pytest.mark.parametrize("text", ["tp=2,pp=2,ep=2", "1", "dp=4"])
+def test_context_ranks_lie_between_tensor_and_data_ranks():
+    # tp2 x cp2 x dp2 on one stage: rank = tp + 2 * (cp + 2 * dp); experts re-cut all eight as ep4 x expert dp2.
+    layout = Layout(tp=2, cp=2, dp=2, ep=4)
+    at = layout.coordinate(6)
+    assert (at.tp, at.cp, at.dp) == (0, 1, 1)
+    assert (at.ep, at.expert_dp) == (2, 1)
+
+
+def test_layers_go_to_chunks_in_order():
+    even = Layout(pp=2, vpp=2)
+    assert even.chunk_layers(8) == (2, 2, 2, 2)
+    assert [even.layer_place(layer, 8) for layer in (0, 3, 7)] == [(0, 0), (1, 1), (3, 1)]
+    uneven = Layout(pp=2, vpp=2, stages=(2, 3, 3, 0))
+    assert [uneven.layer_place(layer, 8) for layer in (1, 2, 7)] == [(0, 1), (1, 0), (2, 2)]
+    with pytest.raises(ValueError, match="must be below 8"):
+        uneven.layer_place(8, 8)
+
+
+@pytest.mark.parametrize("text", ["tp=2,pp=2,ep=2", "1", "dp=4", "cp=2,pp=2,vpp=2,stages=1+2+1+0"])
 def test_parse_and_print(text):
     assert str(Layout.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["tp", "tp=0", "cp=2", "tp=x", "tp=-1"])
+@pytest.mark.parametrize("text", ["tp", "tp=0", "xp=2", "tp=x", "tp=-1", "pp=2,stages=1+x"])
 def test_parse_refuses(text):
     with pytest.raises(ValueError, match="AXIS=N"):
         Layout.parse(text)
@@ -51,9 +72,13 @@ def test_parse_refuses(text):
     ("layout", "shape", "words"),
     [
         (Layout(tp=3), V3, "parallel.tp: got 3; must divide the model's num_attention_heads = 128"),
-        (Layout(pp=16), V3, "num_hidden_layers = 61"),
+        (Layout(pp=16), V3, "set parallel.stages=[4,4,4,4,4,4,4,4,4,4,4,4,4,3,3,3]"),
+        (Layout(vpp=2), V3, "interleaving needs pipeline stages"),
+        (Layout(pp=2, stages=(30, 30)), V3, "must add up to the model's num_hidden_layers = 61"),
+        (Layout(pp=3, stages=(30, 31)), V3, "got 2 numbers; must be pp x vpp = 3"),
+        (Layout(pp=3, stages=(30, 0, 31)), V3, "only the first chunk"),
         (Layout(ep=3, dp=3), V3, "n_routed_experts = 256"),
-        (Layout(ep=4, dp=2), V3, "ep x etp must divide tp x dp = 2"),
+        (Layout(ep=4, dp=2), V3, "ep x etp must divide tp x cp x dp = 2"),
         (Layout(tp=4), DENSE, "num_key_value_heads = 2"),
         (Layout(ep=2, dp=2), DENSE, "this model has no experts"),
         (Layout(tp=0), DENSE, "must be at least 1"),

@@ -1,0 +1,93 @@
+"""Known mistakes, made on purpose: a comparison that does not notice them says nothing.
+
+`layernorm_reduction`, `expert_reduction` and `down_projection` are faults of Megatron-Core 0.16.1 that r1mega mends, or
+reductions it relies on; `gate_up` is a wrong row of the parameter table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+
+@contextmanager
+def broken(name: str | None) -> Iterator[None]:
+    """Build and run models with the mistake `name` inside the block; None makes none."""
+    undo = [] if name is None else _BREAKS[name]()
+    try:
+        yield
+    finally:
+        for module, attribute, original in undo:
+            setattr(module, attribute, original)
+
+
+def _gate_up() -> list:
+    """Swap gate_proj and up_proj wherever the table joins them: the names still fit, the model is another."""
+    from r1mega.models import shard
+    from r1mega.models.param_map import GateUp
+
+    slots_of = shard.slots_of
+
+    def swapped(fields):
+        return [replace(s, tensors=s.tensors[::-1]) if isinstance(s.op, GateUp) else s for s in slots_of(fields)]
+
+    shard.slots_of = swapped
+    return [(shard, "slots_of", slots_of)]
+
+
+def _layernorm_reduction() -> list:
+    """Leave out the sum, over tensor ranks that each hold a part of the sequence, of what they all hold whole."""
+    from megatron.core.distributed import finalize_model_grads as module
+
+    original = module._allreduce_non_tensor_model_parallel_grads
+    module._allreduce_non_tensor_model_parallel_grads = lambda *_args, **_kwargs: None
+    return [(module, "_allreduce_non_tensor_model_parallel_grads", original)]
+
+
+def _expert_reduction() -> list:
+    """Upstream fault two: with tp > 1, ep = 1 and etp = 1 Megatron takes expert weights for dense ones."""
+    from r1mega.models import build
+
+    original = build.mark_expert_parameters
+
+    def as_megatron_marks_them(model) -> None:
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.allreduce = model.config.expert_model_parallel_size == 1
+
+    build.mark_expert_parameters = as_megatron_marks_them
+    return [(build, "mark_expert_parameters", original)]
+
+
+def _down_projection() -> list:
+    """Upstream fault one: MLA's down-projections column-parallel and gathered, as in Megatron's local spec."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from megatron.core.transformer import multi_latent_attention
+
+    from r1mega.models import layer_spec, shard
+    from r1mega.models.param_map import Cut
+
+    slots_of, ours, theirs = shard.slots_of, layer_spec.DuplicatedLinear, multi_latent_attention.Linear
+
+    def cut(fields):
+        return [
+            replace(slot, op=Cut(0), axis="tp") if "_down_proj." in slot.name else slot for slot in slots_of(fields)
+        ]
+
+    shard.slots_of = cut
+    layer_spec.DuplicatedLinear = ColumnParallelLinear
+    return [
+        (shard, "slots_of", slots_of),
+        (layer_spec, "DuplicatedLinear", ours),
+        (multi_latent_attention, "Linear", theirs),
+    ]
+
+
+_BREAKS = {
+    "gate_up": _gate_up,
+    "layernorm_reduction": _layernorm_reduction,
+    "expert_reduction": _expert_reduction,
+    "down_projection": _down_projection,
+}
+NAMES = tuple(_BREAKS)

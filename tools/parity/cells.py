@@ -1,0 +1,119 @@
+"""The cells of the parity matrix: which family at which layout with which levers, and what is allowed to differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from parity.case import Case, random_case
+
+# Another order of fp32 sums and other kernels; measured differences are some 1e-6. Adam divides by the root of the
+# squared gradient, so where a gradient is near zero its rounding moves a weight by up to the learning rate.
+MAX_LOGPROB_DIFF = 1e-4
+MAX_GRADIENT_DIFF = 1e-3
+MAX_WEIGHT_DIFF = 1e-3
+MAX_BIAS_DIFF = 1e-6  # a bias moves by whole steps: a token counted wrongly would show as at least one
+
+FAMILIES = ("deepseek_v3", "deepseek_v3_mtp", "qwen2", "llama")
+LAYOUTS = (
+    "1", "tp=2", "tp=4", "pp=2", "pp=4", "pp=2,vpp=2", "pp=2,stages=1+3", "pp=2,vpp=2,stages=2+1+1+0", "dp=2",
+    "cp=2", "cp=4", "tp=2,pp=2", "tp=2,cp=2", "cp=2,pp=2", "tp=2,dp=2", "pp=2,dp=2", "ep=2,dp=2", "ep=4,dp=4",
+    "tp=2,ep=2", "tp=2,etp=2", "cp=2,ep=2", "tp=2,ep=2,etp=2,dp=2", "tp=2,pp=2,ep=2", "pp=2,ep=2,dp=2",
+    "tp=2,cp=2,ep=2", "tp=2,pp=2,ep=2,dp=2", "tp=2,cp=2,pp=2,ep=4", "tp=2,pp=2,vpp=2,ep=2",
+)  # fmt: skip
+DENSE_LAYOUTS = tuple(layout for layout in LAYOUTS if "ep=" not in layout and "etp=" not in layout)
+_ATTENTION, _MLP = ("core_attn",), ("core_attn", "mlp", "layernorm")
+LEVERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("deepseek_v3_mtp", "tp=2,pp=2,ep=2", {"recompute": "full", "recompute_num_layers": 1}),
+    ("deepseek_v3", "tp=2,cp=2", {"recompute": "full", "recompute_num_layers": 2}),
+    ("deepseek_v3", "tp=2,ep=2", {"recompute": "selective", "recompute_modules": ("core_attn", "mla_up_proj")}),
+    ("deepseek_v3", "pp=2,vpp=2", {"recompute": "selective", "recompute_modules": ("layernorm", "shared_experts")}),
+    ("qwen2", "tp=2,cp=2", {"recompute": "selective", "recompute_modules": _ATTENTION}),
+    ("llama", "tp=2,pp=2", {"recompute": "selective", "recompute_modules": _MLP}),
+)
+HEADER = f"{'family':<16} {'layout':<26} {'log-prob':>9} {'gradient':>9} {'weights':>9} {'bias':>7}  worst gradient"
+
+
+def plan(families: tuple[str, ...], layouts: list[str] | None, *, levers: bool) -> list[dict]:
+    """The cells asked for. Raises ValueError for a layout that cannot be read."""
+    from r1mega.parallel.layout import Layout
+
+    found = []
+    for family in families:
+        chosen = layouts or (LAYOUTS if family.startswith("deepseek") else DENSE_LAYOUTS)
+        found += [{"family": family, "layout": str(Layout.parse(layout)), "options": {}} for layout in chosen]
+    if levers:
+        found += [
+            {"family": family, "layout": str(Layout.parse(layout)), "options": options}
+            for family, layout, options in LEVERS
+            if family in families
+        ]
+    return found
+
+
+def prepare(work: Path, families: tuple[str, ...]) -> dict[str, Any]:
+    """Write the checkpoints of the families and what the reference makes of them; returns what layouts must divide."""
+    import torch
+
+    from parity import reference
+    from parity.tiny_checkpoints import write_checkpoint
+    from r1mega.models import hf_fields
+
+    shapes = {}
+    for family in families:
+        path = work / family
+        write_checkpoint(path, family.removesuffix("_mtp"), mtp=family.endswith("_mtp"))
+        torch.save(reference.answer(path, case_of(path, {"family": family})), work / reference_name({"family": family}))
+        shapes[family] = hf_fields.read(path).shape()
+    return shapes
+
+
+def case_of(path: Path, cell: dict) -> Case:
+    """The case of a cell: all that a MoE model's loss can hold is in it."""
+    vocab_size = json.loads((path / "config.json").read_text())["vocab_size"]
+    is_moe = cell["family"].startswith("deepseek")
+    return random_case(
+        vocab_size,
+        balance_coef=0.05 if is_moe else 0.0,
+        bias_update_rate=0.001 if is_moe else 0.0,
+        mtp_weight=0.3 if cell["family"].endswith("_mtp") else 0.0,
+        updates=5,
+    )
+
+
+def reference_name(cell: dict) -> str:
+    """The file of the reference's answer."""
+    return f"{cell['family']}.pt"
+
+
+def refusals(cell: dict, shapes: dict[str, Any]) -> list[str]:
+    """Why the config checks refuse the cell's layout; empty where they do not."""
+    from r1mega.parallel.layout import Layout
+
+    return Layout.parse(cell["layout"]).problems(shapes[cell["family"]])
+
+
+def is_green(cell: dict) -> bool:
+    """Whether all differences of a compared cell are within the tolerances."""
+    return (
+        cell["max_abs_diff"] <= MAX_LOGPROB_DIFF
+        and cell["max_rel_grad_diff"] <= MAX_GRADIENT_DIFF
+        and cell["max_rel_weight_diff"] <= MAX_WEIGHT_DIFF
+        and cell["max_bias_diff"] <= MAX_BIAS_DIFF
+    )
+
+
+def title(cell: dict) -> str:
+    """Family, layout and levers."""
+    levers = " ".join(f"{name}={value}" for name, value in cell["options"].items())
+    return f"{cell['family']:<16} {cell['layout']:<26}" + (f" {levers}" if levers else "")
+
+
+def line(cell: dict) -> str:
+    """A compared cell as people read it."""
+    numbers = [cell[name] for name in ("max_abs_diff", "max_rel_grad_diff", "max_rel_weight_diff")]
+    levers = " ".join(f"{name}={value}" for name, value in cell["options"].items())
+    text = " ".join(f"{number:9.1e}" for number in numbers) + f" {cell['max_bias_diff']:7.0e}"
+    verdict = "" if is_green(cell) else "  RED"
+    return f"{cell['family']:<16} {cell['layout']:<26} {text}  {cell['worst_tensor']} {levers}{verdict}"

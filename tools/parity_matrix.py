@@ -1,0 +1,119 @@
+"""Every model family at every kind of layout, against transformers on one process: log-probs, gradients, updates.
+
+Makes tiny checkpoints of random weights, starts the processes of each layout itself, and prints a line for each cell:
+the largest difference of a response token's log-prob, of a gradient and, after five Adam steps, of a parameter
+(norm of the difference over norm of the reference), with the worst tensor. Exit code 0 where all cells are within the
+tolerances, 1 where not, 2 on bad input. The layer after the last (multi-token prediction), which transformers lacks, is
+compared with a plain torch module written from the paper's equations.
+
+    python tools/parity_matrix.py --json out.json
+    python tools/parity_matrix.py --families qwen2 --layouts tp=2 cp=2
+    python tools/parity_matrix.py --break expert_reduction --families deepseek_v3 --layouts tp=2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from parity import cells
+from parity.breaks import NAMES as BREAKS
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all cells there")
+    parser.add_argument("--families", nargs="+", choices=cells.FAMILIES, default=cells.FAMILIES, metavar="NAME")
+    parser.add_argument(
+        "--layouts", nargs="+", default=None, metavar="LAYOUT", help="e.g. tp=2,pp=2 cp=2 (default: the whole matrix)"
+    )
+    parser.add_argument("--no-levers", action="store_true", help="leave out the cells of recomputation and the like")
+    parser.add_argument("--break", dest="broken", choices=BREAKS, help="make a known mistake, to see cells turn red")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--layer-spec", choices=("torch", "te"), default="torch")
+    parser.add_argument(
+        "--timeout", type=float, default=5, help="minutes after which a collective gives up (default 5)"
+    )
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # set for the processes this program starts
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    if args.work:
+        return run_rank(args)
+    try:
+        planned = cells.plan(args.families, args.layouts, levers=not args.no_levers and args.layouts is None)
+        with tempfile.TemporaryDirectory(prefix="parity_matrix-") as work:
+            found = run_worlds(args, planned, Path(work))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    compared = [cell for cell in found if "refused" not in cell]
+    red = [cell for cell in compared if not cells.is_green(cell)]
+    print(f"{len(compared)} cells compared, {len(red)} red; {len(found) - len(compared)} refused by the config checks")
+    return 1 if red or not compared else 0
+
+
+def run_worlds(args: argparse.Namespace, planned: list[dict], work: Path) -> list[dict]:
+    """Make the checkpoints and the references, then run the cells of each number of processes in one world."""
+    from r1mega.launch import local, supervise
+    from r1mega.parallel.layout import Layout
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    print("making checkpoints and references", flush=True)
+    shapes = cells.prepare(work, args.families)
+    refused = [cell | {"refused": reasons} for cell in planned if (reasons := cells.refusals(cell, shapes))]
+    for cell in refused:
+        print(f"{cells.title(cell)} refused: {cell['refused'][0]}", flush=True)
+    runnable = [cell for cell in planned if not cells.refusals(cell, shapes)]
+    print(cells.HEADER, flush=True)
+    for world_size in sorted({Layout.parse(cell["layout"]).world_size for cell in runnable}):
+        mine = [cell for cell in runnable if Layout.parse(cell["layout"]).world_size == world_size]
+        (work / "cells.json").write_text(json.dumps(mine))
+        argv = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--work", str(work)]
+        result = supervise.run_world(
+            argv, world_size, log_dir=work / f"logs-{world_size}", env=local.worker_env(args.device, 1)
+        )
+        if result.exit_code:
+            raise ValueError(result.message)
+    done = [json.loads(line) for line in (work / "found.jsonl").read_text().splitlines()] if runnable else []
+    return done + refused
+
+
+def run_rank(args: argparse.Namespace) -> int:
+    """One process: all cells of this world's size, one after another; rank 0 compares and prints."""
+    from r1mega.parallel import groups
+    from r1mega.parallel.layout import Layout
+
+    for cell in json.loads((args.work / "cells.json").read_text()):
+        layout = Layout.parse(cell["layout"])
+        world = groups.initialize(layout, args.device, seed=0, timeout_minutes=args.timeout)
+        import torch
+
+        from parity import breaks, ranks
+
+        path = args.work / cell["family"]
+        case = cells.case_of(path, cell)
+        with breaks.broken(args.broken):
+            policy = ranks.build(path, world, case, layer_spec=args.layer_spec, **cell["options"])
+            found = ranks.answer(policy, path, case, chunk_tokens=100)
+        if world.rank == 0:
+            reference = torch.load(args.work / cells.reference_name(cell))
+            cell |= ranks.compare(found, reference) | {"world_size": layout.world_size}
+            with (args.work / "found.jsonl").open("a") as file:
+                file.write(json.dumps(cell) + "\n")
+            print(cells.line(cell), flush=True)
+    groups.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())
