@@ -7,6 +7,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,6 +66,37 @@ def train(arguments: Sequence[str]) -> int:
             return codes[-1]
         return _composition_failed(arguments) if end.code else 0
     return next((code for code in codes if code), 0)
+
+
+def replay(arguments: Sequence[str]) -> int:
+    """Do one update of a past run again and compare it with what was recorded."""
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        print(textwrap.dedent(REPLAY_HELP), flush=True)
+        return 0 if arguments else USAGE_ERROR
+    run_dir, *rest = arguments
+    numbers = dict(part.partition("=")[::2] for part in rest)
+    wrong = [part for part in rest if not part.partition("=")[2].isdigit()]
+    if wrong or set(numbers) != {"round", "update"}:
+        got = " ".join(wrong or rest) or "nothing"
+        print(f"r1mega replay: got {got}; must be round=K update=J; see r1mega replay --help", file=sys.stderr)
+        return USAGE_ERROR
+    from r1mega.config.faults import ConfigError
+
+    local = importlib.import_module("r1mega.launch.local")
+    try:
+        return local.replay(Path(run_dir), int(numbers["round"]), int(numbers["update"]))
+    except ConfigError as error:
+        print(f"r1mega: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+REPLAY_HELP = """\
+    usage: r1mega replay RUN_DIR round=K update=J
+
+    Starts the training processes of the run in RUN_DIR without engines, goes from the newest checkpoint before round K
+    (or from the run's start) through the recorded rounds, and compares loss, gradient norm and weight digest of update
+    J with what the run recorded. `update` counts optimizer steps from the run's start, as metrics.jsonl does. Prints
+    one JSON line; exit code 0 where all are identical, 1 where not, 2 where the records do not go so far."""
 
 
 def register_schema() -> None:
@@ -149,7 +181,7 @@ def _train_help() -> str:
     return "\n".join(lines)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "replay": replay}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--layouts", nargs="+", default=None, metavar="LAYOUT", help="e.g. tp=2,pp=2 cp=2 (default: the whole matrix)"
     )
-    parser.add_argument("--no-levers", action="store_true", help="leave out the cells of recomputation and the like")
+    parser.add_argument(
+        "--levers",
+        choices=("with", "without", "only"),
+        default="with",
+        help="the cells of recomputation and the like (default: with, unless --layouts chooses others)",
+    )
     parser.add_argument("--break", dest="broken", choices=BREAKS, help="make a known mistake, to see cells turn red")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layer-spec", choices=("torch", "te"), default="torch")
@@ -47,7 +52,7 @@ def main() -> int:
     if args.work:
         return run_rank(args)
     try:
-        planned = cells.plan(args.families, args.layouts, levers=not args.no_levers and args.layouts is None)
+        planned = cells.plan(args.families, args.layouts, args.levers)
         with tempfile.TemporaryDirectory(prefix="parity_matrix-") as work:
             found = run_worlds(args, planned, Path(work))
     except ValueError as error:
@@ -89,29 +94,40 @@ def run_worlds(args: argparse.Namespace, planned: list[dict], work: Path) -> lis
 
 def run_rank(args: argparse.Namespace) -> int:
     """One process: all cells of this world's size, one after another; rank 0 compares and prints."""
+    import gc
+
+    from r1mega.parallel import groups
+
+    for cell in json.loads((args.work / "cells.json").read_text()):
+        run_cell(args, cell)
+        groups.release()
+        gc.collect()  # the policy holds its groups in a circle
+    groups.shutdown()
+    return 0
+
+
+def run_cell(args: argparse.Namespace, cell: dict) -> None:
+    """Join a world cut as the cell's layout says, measure, compare."""
     from r1mega.parallel import groups
     from r1mega.parallel.layout import Layout
 
-    for cell in json.loads((args.work / "cells.json").read_text()):
-        layout = Layout.parse(cell["layout"])
-        world = groups.initialize(layout, args.device, seed=0, timeout_minutes=args.timeout)
-        import torch
+    layout = Layout.parse(cell["layout"])
+    world = groups.initialize(layout, args.device, seed=0, timeout_minutes=args.timeout)
+    import torch
 
-        from parity import breaks, ranks
+    from parity import breaks, ranks
 
-        path = args.work / cell["family"]
-        case = cells.case_of(path, cell)
-        with breaks.broken(args.broken):
-            policy = ranks.build(path, world, case, layer_spec=args.layer_spec, **cell["options"])
-            found = ranks.answer(policy, path, case, chunk_tokens=100)
-        if world.rank == 0:
-            reference = torch.load(args.work / cells.reference_name(cell))
-            cell |= ranks.compare(found, reference) | {"world_size": layout.world_size}
-            with (args.work / "found.jsonl").open("a") as file:
-                file.write(json.dumps(cell) + "\n")
-            print(cells.line(cell), flush=True)
-    groups.shutdown()
-    return 0
+    path = args.work / cell["family"]
+    case = cells.case_of(path, cell)
+    with breaks.broken(args.broken):
+        policy = ranks.build(path, world, case, layer_spec=args.layer_spec, **cell["options"])
+        found = ranks.answer(policy, path, case, chunk_tokens=100)
+    if world.rank == 0:
+        reference = torch.load(args.work / cells.reference_name(cell))
+        cell |= ranks.compare(found, reference) | {"world_size": layout.world_size}
+        with (args.work / "found.jsonl").open("a") as file:
+            file.write(json.dumps(cell) + "\n")
+        print(cells.line(cell), flush=True)
 
 
 if __name__ == "__main__":

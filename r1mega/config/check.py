@@ -11,7 +11,7 @@ from pathlib import Path
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights
 from r1mega.config.faults import Fault
 from r1mega.config.io import FILE_NAME
-from r1mega.config.schema import Config, DataFormat, DeviceType, EngineKind, Init, LayerSpec, Loop
+from r1mega.config.schema import Config, DataFormat, DeviceType, EngineKind, Init, LayerSpec, Loop, Mtp, Recompute
 
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
@@ -22,7 +22,13 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     *((f"parallel.{axis}", ((">=", 1),)) for axis in ("tp", "cp", "pp", "vpp", "ep", "etp", "dp")),
     ("model.moe_router_bias_update_rate", ((">=", 0),)),
     ("model.router_balance_coef", ((">=", 0),)),
+    ("model.mtp_loss_coef", ((">=", 0),)),
     ("device.threads", ((">=", 1),)),
+    ("memory.recompute_num_layers", ((">=", 1),)),
+    ("checkpoint.every", ((">=", 0),)),
+    ("checkpoint.keep_newest", ((">=", 1),)),
+    ("checkpoint.keep_best", ((">=", 0),)),
+    ("logger.keep_rounds", ((">=", 0),)),
     ("data.max_prompt_tokens", ((">=", 1),)),
     ("data.eval_limit", ((">=", 1),)),
     ("reward.accuracy", ((">=", 0),)),
@@ -66,6 +72,11 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
 )
 
 
+# What can be computed again alone; the last three need Transformer Engine, which then frees their outputs too.
+RECOMPUTED = ("core_attn", "mlp", "moe", "shared_experts")
+RECOMPUTED_BY_TE = (*RECOMPUTED, "mla_up_proj", "layernorm", "moe_act")
+
+
 def check(config: Config) -> list[Fault]:
     """All faults of the configuration itself: bounds, rules between fields, run directory, checkpoint files."""
     faults = [
@@ -77,6 +88,8 @@ def check(config: Config) -> list[Fault]:
         *_check_rewards(config),
         *_check_optim(config),
         *_check_lengths(config),
+        *_check_memory(config),
+        *_check_saving(config),
     ]
     if not any(fault.field.startswith(("algo.", "sft.", "parallel.dp")) for fault in faults):
         faults += _check_batch(config)
@@ -116,9 +129,10 @@ def _check_run_dir(config: Config) -> Iterator[Fault]:
     path = Path(config.run.dir)
     if path.exists() and not path.is_dir():
         yield Fault("run.dir", str(path), "must be a directory", "choose another run.dir")
-    elif (path / FILE_NAME).exists():
+    elif (path / FILE_NAME).exists() and not (config.run.resume or config.run.resume_from):
         constraint = f"already holds a run ({FILE_NAME})"
-        yield Fault("run.dir", str(path), constraint, "choose another run.dir, or remove or rename the old one")
+        remedy = "go on with it (run.resume=true), choose another run.dir, or remove or rename the old one"
+        yield Fault("run.dir", str(path), constraint, remedy)
 
 
 def _check_checkpoint(config: Config) -> Iterator[Fault]:
@@ -151,6 +165,36 @@ def _check_device(config: Config) -> Iterator[Fault]:
         remedy = f"use at most {world}, or a larger layout"
         constraint = f"must be at most the {world} training processes that can host an engine"
         yield Fault("rollout.engines", str(config.rollout.engines), constraint, remedy)
+
+
+def _check_memory(config: Config) -> Iterator[Fault]:
+    memory, model, on_te = config.memory, config.model, config.device.layer_spec is LayerSpec.te
+    if memory.recompute is Recompute.full and model.mtp is Mtp.train and memory.recompute_num_layers > 1:
+        constraint = "the multi-token-prediction layer is one layer, and is trained here"
+        yield Fault("memory.recompute_num_layers", str(memory.recompute_num_layers), constraint, "set it to 1")
+    if memory.recompute is not Recompute.selective:
+        return
+    allowed = RECOMPUTED_BY_TE if on_te else RECOMPUTED
+    for name in memory.recompute_modules:
+        if name not in allowed:
+            constraint = f"must be among {', '.join(allowed)} with device.layer_spec={config.device.layer_spec}"
+            yield Fault("memory.recompute_modules", name, constraint, "take it out of the list")
+    if "moe" in memory.recompute_modules and (model.router_balance_coef or model.moe_router_bias_update_rate):
+        # The router is asked again in the backward pass, when the tokens at hand are those of another micro-batch.
+        constraint = "the router counts tokens by sequence, which it cannot while its module is recomputed alone"
+        remedy = "recompute whole layers (memory.recompute=full), or freeze the router's balance"
+        yield Fault("memory.recompute_modules", "moe", constraint, remedy)
+
+
+def _check_saving(config: Config) -> Iterator[Fault]:
+    every, parts = config.checkpoint.every, config.algo.updates_per_round
+    if config.stage.loop is Loop.rl and parts >= 1 and every % parts:
+        constraint = f"must be whole rounds of algo.updates_per_round={parts} updates"
+        nearest = max(1, round(every / parts)) * parts
+        yield Fault("checkpoint.every", str(every), constraint, f"use for example {nearest}")
+    best, metric = config.checkpoint.keep_best, config.checkpoint.best_metric
+    if best and not config.data.eval and metric.startswith("eval/"):
+        yield Fault("checkpoint.keep_best", str(best), f"{metric} needs an evaluation", "set data.eval or keep_best=0")
 
 
 def _check_data(config: Config) -> Iterator[Fault]:

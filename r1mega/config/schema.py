@@ -25,6 +25,9 @@ RatioLevel = StrEnum("RatioLevel", ["token", "sequence"])
 Aggregation = StrEnum("Aggregation", ["sequence_mean", "token_mean", "sequence_sum", "constant"])
 Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
 WandbMode = StrEnum("WandbMode", ["offline", "online"])
+Mtp = StrEnum("Mtp", ["drop", "freeze", "train"])
+Recompute = StrEnum("Recompute", ["none", "selective", "full"])
+Verify = StrEnum("Verify", ["full", "quick"])
 
 
 @dataclass
@@ -37,6 +40,12 @@ class RunConfig:
     """Seed of initialisation, data order and sampling."""
     timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run (ours)."""
+    resume: bool = False
+    """Go on from the latest checkpoint in run.dir; from the beginning where there is none yet."""
+    resume_from: str | None = None
+    """The checkpoint to go on from instead, RUN_DIR/checkpoints/update-N."""
+    allow_changes: bool = False
+    """Resume although fields that decide what is computed differ from those the run was started with."""
 
 
 @dataclass
@@ -57,6 +66,10 @@ class ModelConfig:
     """Step of the auxiliary-loss-free expert balance after each update (V3: 0.001 in pre-training; in RL ours)."""
     router_balance_coef: float = 0.0
     """Weight of the sequence-wise expert balance loss (V3: 0.0001 in pre-training; in RL ours)."""
+    mtp: Mtp = Mtp.freeze
+    """A checkpoint's multi-token-prediction layer: leave it out, keep it as it is, or train it."""
+    mtp_loss_coef: float = 0.1
+    """Weight of its loss where it is trained (V3: 0.3, later in pre-training 0.1). In RL that layer alone learns."""
 
 
 @dataclass
@@ -98,6 +111,16 @@ class DeviceConfig:
     """Layers of plain torch, or Transformer Engine's (`te`, GPU only)."""
     threads: int = 1
     """CPU threads of each training process."""
+
+
+@dataclass
+class MemoryConfig:
+    recompute: Recompute = Recompute.none
+    """Activations computed again in the backward pass: none, those of some modules, or whole layers."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """With `selective`: core_attn, mlp, moe, shared_experts; on te also mla_up_proj, layernorm, moe_act."""
+    recompute_num_layers: int = 1
+    """With `full`: layers in a group of which only the input is kept; must divide the layers of every chunk."""
 
 
 @dataclass
@@ -253,6 +276,26 @@ class LoggerConfig:
     """`offline` needs no account."""
     samples_per_round: int = 32
     """Samples of each round written to samples.jsonl."""
+    rounds: bool = True
+    """Write each round's samples and what its updates gave to rounds/, so that `r1mega replay` can redo them."""
+    keep_rounds: int = 0
+    """So many of the newest of these are kept; 0 keeps all."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0
+    """Updates between checkpoints, in RL taken at the end of a round; 0 takes none."""
+    keep_newest: int = 2
+    """So many of the newest are kept."""
+    keep_best: int = 0
+    """So many of the best by best_metric are kept besides."""
+    best_metric: str = "eval/pass_at_1"
+    """Which metric's highest value is the best."""
+    verify: Verify = Verify.full
+    """What is checked before a checkpoint is resumed from: every byte's digest, or names and sizes."""
+    asynchronous: bool = False
+    """Write beside the training, in processes of its own."""
 
 
 @dataclass
@@ -273,6 +316,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -281,4 +325,5 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

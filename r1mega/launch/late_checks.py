@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from r1mega.config import checkpoint_files
 from r1mega.config.check import longest_response
-from r1mega.config.schema import Config, Init, Loop
+from r1mega.config.schema import Config, Init, Loop, Mtp
 from r1mega.data.prompts import read_qa, tokenize_prompts
 from r1mega.data.sft import read_sft, tokenize_sft
 from r1mega.models import hf_fields
-from r1mega.models.hf_fields import HfFields
+from r1mega.models.hf_fields import HfFields, layer_of
 from r1mega.types import Prompt
 
 
@@ -64,9 +64,12 @@ def check_tensors(config: Config) -> list[str]:
 
     if config.model.init is not Init.load:
         return []
-    fields = hf_fields.read(config.model.hf)
+    drops = config.model.mtp is Mtp.drop
+    fields = hf_fields.read(config.model.hf, drop_mtp=drops)
     expected = {tensor.name: tensor.shape for slot in slots_of(fields) for tensor in (*slot.tensors, *slot.aliases)}
     found = checkpoint_files.tensor_shapes(fields.path.parent)
+    if drops:
+        found = {name: shape for name, shape in found.items() if layer_of(name) < fields["num_hidden_layers"]}
     if fields["tie_word_embeddings"]:
         found.pop("lm_head.weight", None)  # some writers store the tied table twice
     faults = []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
+from r1mega.config import io
 from r1mega.config.schema import Config, DeviceType
-from r1mega.launch import preflight, rundir, supervise
+from r1mega.launch import preflight, replays, resume, rundir, supervise
 
 WORKER = "r1mega.loop.worker"
 
@@ -18,9 +21,29 @@ def run(config: Config) -> int:
     Raises ConfigError before anything is written or started when the configuration has faults.
     """
     preflight.require(config)
+    resume.prepare(config)
     config_path = rundir.create(config)
-    argv = [sys.executable, "-m", WORKER, "--config", str(config_path)]
-    log_dir = config_path.parent / rundir.LOG_DIR
+    return _run_workers(config, config_path, config_path.parent / rundir.LOG_DIR)
+
+
+def replay(run_dir: Path, round_number: int, update: int) -> int:
+    """Do one update of a past run again and print what it gave beside what was recorded.
+
+    Returns 0 where both are identical, 1 where not. Raises ConfigError where the run's records do not go so far.
+    """
+    config, start = replays.plan(run_dir, round_number, update)
+    with tempfile.TemporaryDirectory(prefix="r1mega-replay-") as work:
+        config.run.resume_from = start
+        config_path = Path(work) / "config.yaml"
+        config_path.write_text(io.to_yaml(config), encoding="utf-8")
+        out = Path(work) / "replay.json"
+        asked = ["--replay", f"{round_number}:{update}", "--out", str(out)]
+        code = _run_workers(config, config_path, Path(work) / rundir.LOG_DIR, *asked)
+        return code or replays.show(json.loads(out.read_text()))
+
+
+def _run_workers(config: Config, config_path: Path, log_dir: Path, *options: str) -> int:
+    argv = [sys.executable, "-m", WORKER, "--config", str(config_path), *options]
     env = worker_env(config.device.type, config.device.threads)
     result = supervise.run_world(argv, config.parallel.world_size, log_dir=log_dir, env=env)
     if result.message:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from r1mega.config.schema import Config
 from r1mega.loop import phases
-from r1mega.loop.wire import RlRun, wire_rl
+from r1mega.loop.wire import REFERENCE, RlRun, wire_rl
 
 
 def main(config: Config) -> None:
@@ -20,9 +20,7 @@ def main(config: Config) -> None:
 def train(run: RlRun) -> None:
     """Alternate rollout and training until `algo.updates` updates are done."""
     policy, state = run.policy, run.state
-    policy.keep_copy("reference")
-    phases.publish(run)
-    phases.evaluate(run)
+    phases.begin(run)
     while state.update < run.config.algo.updates:
         state.round += 1
         prompts = run.prompts.next(run.config.algo.questions_per_round)
@@ -32,7 +30,7 @@ def train(run: RlRun) -> None:
         for samples in phases.split_round(run, batch):
             phases.update(run, batch, samples)
             if phases.is_refresh_due(run):
-                policy.keep_copy("reference")
+                policy.keep_copy(REFERENCE)
         phases.publish(run)
         if phases.is_evaluation_due(run):
             phases.evaluate(run)

@@ -11,8 +11,9 @@ from r1mega.algo.advantage import group_advantages
 from r1mega.algo.aggregation import token_weights
 from r1mega.algo.packing import split_updates
 from r1mega.algo.policy_loss import mean_metrics, policy_loss
-from r1mega.loop import records
-from r1mega.loop.wire import RlRun
+from r1mega.loop import records, rounds
+from r1mega.loop.rounds import RoundRecord, UpdateRecord
+from r1mega.loop.wire import REFERENCE, RlRun
 from r1mega.parallel.seed import derive
 from r1mega.train.batch import MicroBatch, PackItem
 from r1mega.types import Prompt, Sample, SampleGroup, SamplingParams
@@ -29,6 +30,16 @@ class RoundBatch:
     valid: list[bool]  # False: the reward failed, the sample is left out of the loss
     anchor: list[torch.Tensor] | None  # None: one update a round, whose own log-probs are the anchor
     reference: list[torch.Tensor] | None  # None: kl_coef is 0
+
+
+def begin(run: RlRun) -> None:
+    """Keep the reference, publish, evaluate; a resumed run has its reference and its first evaluation behind it."""
+    if run.is_resumed:
+        publish(run)
+        return
+    run.policy.keep_copy(REFERENCE)
+    publish(run)
+    evaluate(run)
 
 
 def rollout(run: RlRun, prompts: Sequence[Prompt]) -> None:
@@ -74,7 +85,7 @@ def inference(run: RlRun, groups: list[SampleGroup]) -> RoundBatch:
             anchor = run.policy.logprobs(items, plan)
             measure_gap(run, samples, anchor)
         if algo.kl_coef > 0:
-            with run.policy.weights("reference"):
+            with run.policy.weights(REFERENCE):
                 reference = run.policy.logprobs(items, plan)
     return RoundBatch(samples, items, advantages.tolist(), valid, anchor, reference)
 
@@ -136,14 +147,17 @@ def update(run: RlRun, batch: RoundBatch, samples: list[int]) -> None:
         return value, metrics
 
     lr = run.learning_rate(algo.updates)
+    num_tokens = max(1, sum(lengths))
     with run.timer.phase("train"):
         plan = policy.plan(items, algo.max_tokens_per_micro_batch)
-        sums = policy.forward_backward(items, plan, loss)
+        sums = policy.forward_backward(items, plan, loss, mtp_weight=run.mtp_weight(num_tokens))
         if batch.anchor is None:
             trainer = policy.collect_samples(items, own)
             measure_gap(run, [batch.samples[i] for i in samples], trainer)
         grad_norm = policy.optimizer_step(lr)
     run.state.update += 1
+    digest = policy.digest() if config.logger.rounds else ""
+    run.updates.append(UpdateRecord(run.state.update, sums["loss"], grad_norm, digest))
     run.log.update(run.state, records.update_metrics(mean_metrics(sums), sums, grad_norm=grad_norm, lr=lr))
 
 
@@ -198,10 +212,23 @@ def close_round(run: RlRun, groups: list[SampleGroup], batch: RoundBatch) -> Non
     run.log.close_round(
         run.state, records.round_metrics(groups), seconds, sum(len(item.tokens) for item in batch.items)
     )
+    record_round(run, groups)
     every = run.config.export.every
     if every > 0 and run.state.update // every > run.state.exported_at // every:
         run.state.exported_at = run.state.update
         run.export(f"hf-{run.state.update:06d}")
+    run.checkpoints.poll()
+    if run.checkpoints.is_due(run.state):
+        run.checkpoints.save(run.state, run.prompts, run.log)
+
+
+def record_round(run: RlRun, groups: list[SampleGroup]) -> None:
+    """Write the round's samples and what its updates gave, so that `r1mega replay` can do them again."""
+    if run.config.logger.rounds and run.groups.rank == 0:
+        version = run.updates[0].update - 1
+        record = RoundRecord(run.state.round, version, run.config.run.seed, str(run.layout), groups, list(run.updates))
+        rounds.write(run.config.run.dir, record, keep=run.config.logger.keep_rounds)
+    run.updates.clear()
 
 
 def finish(run: RlRun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +10,28 @@ from pathlib import Path
 from r1mega.config.schema import Config, Loop
 from r1mega.loop.state import RunState
 from r1mega.metrics.console import Console
-from r1mega.metrics.history import read_metrics
+from r1mega.metrics.history import METRICS_FILE, read_metrics
 from r1mega.metrics.jsonl import JsonlWriter
 from r1mega.metrics.plots import plot_run
 from r1mega.metrics.sinks import Sinks, WandbOptions, open_sinks
 from r1mega.metrics.summary import summarize_metrics, write_summary
 from r1mega.metrics.timer import as_metrics
 from r1mega.types import SampleGroup
+
+LOG_FILES = (METRICS_FILE, "samples.jsonl")
+
+
+def rewind(run_dir: Path | str, position: Mapping[str, int]) -> None:
+    """Cut the logs back to where they stood at a checkpoint: a resumed run writes the rest again."""
+    for name in LOG_FILES:
+        path = Path(run_dir) / name
+        if path.exists():
+            with path.open("rb+") as file:
+                file.truncate(position.get(name, 0))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 class RunLog:
@@ -31,6 +47,7 @@ class RunLog:
         self._facts = {"model": model, "layout": layout, "world_size": world_size, "seed": config.run.seed}
         self._started = time.monotonic()
         self._last: dict[str, float] = {}
+        self._latest: dict[str, float] = {}
         self._sinks: Sinks | None = None
         self._samples: JsonlWriter | None = None
         self._dir = Path(config.run.dir)
@@ -110,6 +127,15 @@ class RunLog:
                 }
             )
 
+    def position(self) -> dict[str, int]:
+        """Bytes of each log after everything held back is written: what a resumed run keeps of them."""
+        self._flush()
+        return {name: _size(self._dir / name) for name in LOG_FILES}
+
+    def latest(self) -> dict[str, float]:
+        """The last finite value of each metric."""
+        return dict(self._latest)
+
     def finish(self, state: RunState) -> None:
         """Close the files, write summary.json and draw the curves."""
         if not self._enabled:
@@ -136,6 +162,7 @@ class RunLog:
 
     def _flush(self) -> None:
         if self._last:
+            self._latest |= {name: value for name, value in self._last.items() if math.isfinite(value)}
             step = int(self._last.pop("update"))
             self._sinks.write(step, self._last)
             self._last = {}

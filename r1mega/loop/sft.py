@@ -31,6 +31,9 @@ def train(run: SftRun) -> None:
         every = config.export.every
         if every > 0 and state.update % every == 0:
             run.export(f"hf-{state.update:06d}")
+        run.checkpoints.poll()
+        if run.checkpoints.is_due(state):
+            run.checkpoints.save(state, run.examples, run.log)
     if config.export.hf:
         run.export("hf")
     run.log.finish(state)
@@ -52,6 +55,6 @@ def step(run: SftRun, items: list[PackItem]) -> dict[str, float]:
 
     lr = run.learning_rate(sft.updates)
     plan = run.policy.plan(items, sft.max_tokens_per_micro_batch)
-    sums = run.policy.forward_backward(items, plan, loss)
+    sums = run.policy.forward_backward(items, plan, loss, mtp_weight=run.mtp_weight(num_tokens))
     grad_norm = run.policy.optimizer_step(lr)
     return {"train/loss": sums["loss"], "train/grad_norm": grad_norm, "train/lr": lr}

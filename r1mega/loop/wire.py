@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1mega.algo.lr import learning_rate
-from r1mega.config.schema import Config, Init
+from r1mega.config.schema import Config, Init, Loop, Mtp
 from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
 from r1mega.data.sft import SftSource, read_sft, tokenize_sft
+from r1mega.loop.checkpoints import Checkpoints, restore
+from r1mega.loop.rounds import UpdateRecord
 from r1mega.loop.runlog import RunLog
 from r1mega.loop.state import RunState
 from r1mega.metrics.timer import PhaseTimer
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from r1mega.rollout.collector import Collector
     from r1mega.train.policy import MegatronPolicy
 
+REFERENCE = "reference"
+COPIES = (REFERENCE,)  # what RL keeps beside the weights
+
 
 @dataclass
 class Run:
@@ -44,7 +49,18 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     log: RunLog
     timer: PhaseTimer
+    checkpoints: Checkpoints | None = None
     state: RunState = field(default_factory=RunState)
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether the run goes on from a checkpoint."""
+        return self.config.run.resume_from is not None
+
+    def mtp_weight(self, num_tokens: int) -> float:
+        """Weight of one token's loss two tokens ahead, where that layer is trained."""
+        model = self.config.model
+        return model.mtp_loss_coef / num_tokens if self.fields.num_mtp_layers and model.mtp is Mtp.train else 0.0
 
     def learning_rate(self, total_updates: int) -> float:
         """The learning rate of the update that comes next."""
@@ -71,6 +87,7 @@ class RlRun(Run):
     collector: Collector | None = None
     prompts: PromptSource | None = None
     held_out: list[Prompt] = field(default_factory=list)
+    updates: list[UpdateRecord] = field(default_factory=list)  # of the round at hand
 
 
 @dataclass
@@ -89,6 +106,8 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
 
         data, reward = config.data, config.reward
         run.prompts = PromptSource(load_prompts(config, data.train, run.tokenizer), config.run.seed, data.shuffle)
+        if run.is_resumed:
+            restore(config, run.groups, run.policy, run.state, run.prompts, COPIES)
         if data.eval is not None:
             run.held_out = load_prompts(config, data.eval, run.tokenizer)[: data.eval_limit]
         hosts_engine = run.groups.rank < config.rollout.engines
@@ -119,12 +138,25 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
 
 
 @contextmanager
+def wire_replay(config: Config) -> Iterator[RlRun]:
+    """The RL loop's objects without engines, rewards and logs, where the replay starts from."""
+    with _wire(config, RlRun, temperature=config.rollout.temperature, logs=False) as run:
+        if run.is_resumed:
+            restore(config, run.groups, run.policy, run.state, None, COPIES)
+        else:
+            run.policy.keep_copy(REFERENCE)
+        yield run
+
+
+@contextmanager
 def wire_sft(config: Config) -> Iterator[SftRun]:
     """The SFT loop's objects on this rank."""
     with _wire(config, SftRun) as run:
         rows = read_sft(config.data.train)
         examples = tokenize_sft(rows, run.tokenizer, str(config.data.template), config.sft.max_length)
         run.examples = SftSource(examples, config.run.seed, config.data.shuffle)
+        if run.is_resumed:
+            restore(config, run.groups, run.policy, run.state, run.examples, ())
         yield run
 
 
@@ -166,7 +198,11 @@ def export(policy: MegatronPolicy, fields: HfFields, config: Config, name: str, 
         # Trained from a bf16 checkpoint in fp32, it goes back to bf16: tensor by tensor the dtype it came in.
         dtypes = CheckpointReader(config.model.hf).dtypes() if config.model.init is Init.load else {}
         tokenizer = Path(config.model.tokenizer) if config.model.tokenizer else None
-        writer = CheckpointWriter(path, source=fields.path.parent, dtypes=dtypes, tokenizer=tokenizer)
+        # What was left out of the model must not be promised by its config.json.
+        changes = {"num_nextn_predict_layers": 0} if config.model.mtp is Mtp.drop and fields.is_moe else {}
+        writer = CheckpointWriter(
+            path, source=fields.path.parent, dtypes=dtypes, tokenizer=tokenizer, config_changes=changes
+        )
     for tensor_name, tensor in policy.export_hf(wanted=writes):
         writer.add(tensor_name, tensor)
     if writer:
@@ -175,7 +211,7 @@ def export(policy: MegatronPolicy, fields: HfFields, config: Config, name: str, 
 
 
 @contextmanager
-def _wire(config: Config, kind: type, *, temperature: float = 1.0) -> Iterator[Run]:
+def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = True) -> Iterator[Run]:
     optim = config.optim
     layout = Layout.of(**asdict(config.parallel))
     groups = process_groups.initialize(
@@ -186,22 +222,15 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0) -> Iterator[R
         threads=config.device.threads,
     )
     # Megatron may be imported only now: the device bridge is laid.
-    from r1mega.models.hf_config import ModelOptions
     from r1mega.models.hf_io import CheckpointReader, RandomWeights
     from r1mega.train.optimizer import AdamSettings
     from r1mega.train.policy import MegatronPolicy
 
-    fields = hf_fields.read(config.model.hf)
+    fields = hf_fields.read(config.model.hf, drop_mtp=config.model.mtp is Mtp.drop)
     log = RunLog(
-        config, enabled=groups.rank == 0, model=fields.family, layout=str(layout), world_size=layout.world_size
+        config, enabled=logs and groups.rank == 0, model=fields.family, layout=str(layout), world_size=layout.world_size
     )
     try:
-        options = ModelOptions(
-            params_dtype=_dtype(config),
-            layer_spec=str(config.device.layer_spec),
-            router_bias_update_rate=config.model.moe_router_bias_update_rate,
-            router_balance_coef=config.model.router_balance_coef,
-        )
         adam = AdamSettings(
             lr=optim.lr,
             beta1=optim.beta1,
@@ -210,14 +239,34 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0) -> Iterator[R
             weight_decay=optim.weight_decay,
             clip_grad=optim.clip_grad,
         )
-        policy = MegatronPolicy(fields, groups, options, adam, temperature=temperature)
-        is_random = config.model.init is Init.random
-        policy.load(RandomWeights(fields, config.run.seed) if is_random else CheckpointReader(config.model.hf))
+        policy = MegatronPolicy(fields, groups, _model_options(config), adam, temperature=temperature)
+        policy.trains_trunk_further = config.stage.loop is Loop.sft
+        if config.run.resume_from is None:
+            is_random = config.model.init is Init.random
+            policy.load(RandomWeights(fields, config.run.seed) if is_random else CheckpointReader(config.model.hf))
         timer = PhaseTimer(on_phase=log.console.phase, synchronize=_synchronize(groups))
-        yield kind(config, layout, groups, fields, policy, load_tokenizer(config), log, timer)
+        checkpoints = Checkpoints(config, groups, policy)
+        yield kind(config, layout, groups, fields, policy, load_tokenizer(config), log, timer, checkpoints)
+        checkpoints.finish()
     finally:
         log.close()
     process_groups.shutdown()
+
+
+def _model_options(config: Config):
+    from r1mega.models.hf_config import ModelOptions
+
+    model, memory = config.model, config.memory
+    return ModelOptions(
+        params_dtype=_dtype(config),
+        layer_spec=str(config.device.layer_spec),
+        router_bias_update_rate=model.moe_router_bias_update_rate,
+        router_balance_coef=model.router_balance_coef,
+        freezes_mtp=model.mtp is Mtp.freeze,
+        recompute=str(memory.recompute),
+        recompute_modules=tuple(memory.recompute_modules),
+        recompute_num_layers=memory.recompute_num_layers,
+    )
 
 
 def _dtype(config: Config):

@@ -15,7 +15,10 @@ def main() -> None:
     """Load the resolved configuration and run the loop of its stage."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the resolved config.yaml of a run directory")
-    config = io.load(parser.parse_args().config)
+    parser.add_argument("--replay", metavar="ROUND:UPDATE", help="do this update of a past run again, without engines")
+    parser.add_argument("--out", type=Path, help="where a replay's result goes")
+    args = parser.parse_args()
+    config = io.load(args.config)
     # Here and not above: the reward workers import this module again, and they need no torch.
     from r1mega.parallel import device
 
@@ -23,7 +26,12 @@ def main() -> None:
     device.prepare(str(config.device.type), int(os.environ.get("LOCAL_RANK", "0")), config.device.threads)
     # Megatron warns on every rank that apex and Transformer Engine are absent; `device.layer_spec` says which is meant.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
-    if config.stage.loop is Loop.sft:
+    if args.replay:
+        from r1mega.loop import replay
+
+        round_number, _, update = args.replay.partition(":")
+        replay.main(config, int(round_number), int(update), args.out)
+    elif config.stage.loop is Loop.sft:
         from r1mega.loop import sft
 
         sft.main(config)

@@ -49,6 +49,8 @@ def _chunk(
     )
     if fields.rope["rope_type"] == "llama3":
         model.rotary_pos_emb.inv_freq = _llama3_inverse_frequencies(fields).to(groups.device)
+    if options.freezes_mtp and model.mtp_process:
+        model.mtp.requires_grad_(False)
     mark_expert_parameters(model)
     return model.to(groups.device)
 

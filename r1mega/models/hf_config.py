@@ -25,6 +25,7 @@ class ModelOptions:
     layer_spec: str = "torch"  # or "te"
     router_bias_update_rate: float = 0.0
     router_balance_coef: float = 0.0
+    freezes_mtp: bool = False
     recompute: str = "none"  # or "selective", "full"
     recompute_modules: tuple[str, ...] = ()
     recompute_num_layers: int = 1

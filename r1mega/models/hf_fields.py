@@ -79,10 +79,6 @@ class HfFields:
     num_mtp_layers: int = 0
     """Multi-token-prediction layers: 0 or 1."""
 
-    def without_mtp(self) -> HfFields:
-        """The same model without its multi-token-prediction layer."""
-        return replace(self, num_mtp_layers=0)
-
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
 
@@ -115,8 +111,8 @@ class HfFields:
         )
 
 
-def read(checkpoint_dir: str | Path) -> HfFields:
-    """Read and validate CHECKPOINT_DIR/config.json.
+def read(checkpoint_dir: str | Path, *, drop_mtp: bool = False) -> HfFields:
+    """Read and validate CHECKPOINT_DIR/config.json. With `drop_mtp` the model ends before its extra prediction layer.
 
     Raises:
         ValueError: all that is wrong with it in one message: unreadable, an unknown family, a missing field, a field or
@@ -132,7 +128,7 @@ def read(checkpoint_dir: str | Path) -> HfFields:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); restore the file from its source") from None
     fields = parse(raw, path)
-    return replace(fields, num_mtp_layers=_num_mtp_layers(fields))
+    return fields if drop_mtp else replace(fields, num_mtp_layers=_num_mtp_layers(fields))
 
 
 def _num_mtp_layers(fields: HfFields) -> int:
@@ -145,7 +141,7 @@ def _num_mtp_layers(fields: HfFields) -> int:
     else:
         # Damaged files are reported by the checks of the checkpoint, not here.
         names = checkpoint_files.tensor_names(folder)
-        count = len({name.split(".")[2] for name in names if _layer_of(name) >= layer})
+        count = len({layer_of(name) for name in names if layer_of(name) >= layer})
     if count > 1:
         raise ValueError(
             f"{fields.path}: num_nextn_predict_layers: got {count}; at most one such layer is honoured; "
@@ -154,7 +150,8 @@ def _num_mtp_layers(fields: HfFields) -> int:
     return count
 
 
-def _layer_of(name: str) -> int:
+def layer_of(name: str) -> int:
+    """The layer a tensor's name speaks of; -1 for none."""
     parts = name.split(".")
     return int(parts[2]) if name.startswith("model.layers.") and parts[2].isdigit() else -1
 

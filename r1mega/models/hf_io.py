@@ -6,8 +6,9 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -95,6 +96,10 @@ class RandomWeights:
         self._std = fields["initializer_range"]
         self._seed = seed
 
+    def holds(self, name: str) -> bool:
+        """False: a name that repeats another tensor gets no numbers of its own."""
+        return False
+
     def get(self, tensor: HfTensor) -> torch.Tensor:
         """normal(0, initializer_range) in fp32 for weights, ones for norms, zeros for biases."""
         if tensor.kind == "norm":
@@ -120,11 +125,13 @@ class CheckpointWriter:
         dtypes: dict[str, torch.dtype],
         tokenizer: Path | None = None,
         file_bytes: int = 4 << 30,
+        config_changes: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
         self._tokenizer = tokenizer or source
         self._part = self.path.with_name(self.path.name + ".part")
         self._source, self._dtypes, self._limit = source, dtypes, file_bytes
+        self._config_changes = dict(config_changes or {})
         shutil.rmtree(self._part, ignore_errors=True)
         self._part.mkdir(parents=True)
         self._pending: dict[str, torch.Tensor] = {}
@@ -165,6 +172,9 @@ class CheckpointWriter:
             source = self._tokenizer if name in _TOKENIZER else self._source
             if (source / name).exists():
                 shutil.copyfile(source / name, self._part / name)
+        if self._config_changes:
+            config = self._part / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | self._config_changes, indent=2) + "\n")
         if self.path.exists():
             shutil.rmtree(self.path)
         self._part.rename(self.path)

@@ -33,7 +33,6 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention, M
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -46,6 +45,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from r1mega.models.attention import TorchCoreAttention
+from r1mega.models.mtp import PackedMTPLayer
 from r1mega.models.router import SequenceLayer, SequenceRouter
 
 
@@ -120,11 +120,14 @@ def mtp_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None = 
             config, use_transformer_engine=True, normalization="RMSNorm", qk_l2_norm=False, vp_stage=vp_stage
         )
         _route_by_sequence(decoder[-1])
-        return gpt_layer_specs.get_gpt_mtp_block_spec(
+        block = gpt_layer_specs.get_gpt_mtp_block_spec(
             config, decoder[-1], use_transformer_engine=True, vp_stage=vp_stage
         )
+        for layer in block.layer_specs:
+            layer.module = PackedMTPLayer
+        return ModuleSpec(module=MultiTokenPredictionBlock, submodules=block)
     layer = ModuleSpec(
-        module=MultiTokenPredictionLayer,
+        module=PackedMTPLayer,
         submodules=MultiTokenPredictionLayerSubmodules(
             enorm=RMSNorm,
             hnorm=RMSNorm,

@@ -24,6 +24,9 @@ class TensorSource(Protocol):
     def get(self, tensor: HfTensor) -> torch.Tensor:
         """The tensor, of the shape asked for. Raises ValueError where it is absent or misshapen."""
 
+    def holds(self, name: str) -> bool:
+        """Whether there is a tensor of that name of its own."""
+
 
 class ShardedModel:
     """The parameters of one rank, seen through the table of its family.
@@ -69,7 +72,7 @@ class ShardedModel:
         for slot, shard, parameter in self.local:
             tensors = [source.get(tensor) for tensor in slot.tensors]
             for alias in slot.aliases:
-                if not torch.equal(source.get(alias), tensors[0]):
+                if source.holds(alias.name) and not torch.equal(source.get(alias), tensors[0]):
                     raise ValueError(
                         f"{alias.name}: differs from {slot.tensors[0].name}; the multi-token-prediction layer shares "
                         "that table with the model; make them equal in a copy of the checkpoint, or set model.mtp=drop"

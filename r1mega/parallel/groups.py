@@ -51,8 +51,8 @@ class Groups:
 def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: float, threads: int = 1) -> Groups:
     """Join the world given by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and cut it into groups.
 
-    Every collective carries `timeout_minutes`, so that a rank that is gone ends the run instead of hanging it. Called
-    again in the same process, it cuts the same world anew.
+    Every collective carries `timeout_minutes`, so that a rank that is gone ends the run instead of hanging it. After
+    `release` the same processes may call it again, to be cut in another way.
 
     Raises:
         ValueError: the world's size is not the layout's, or the device is not there.
@@ -69,8 +69,6 @@ def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: 
 
     from megatron.core import parallel_state, tensor_parallel
 
-    if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -113,6 +111,17 @@ def _groups(layout: Layout, rank: int, device: torch.device, control: dist.Proce
         collection=ProcessGroupCollection.use_mpu_process_groups(),
         control=control,
     )
+
+
+def release() -> None:
+    """Undo the cut, but stay in the world. Each group has threads and sockets of its own: they end here."""
+    from megatron.core import parallel_state
+
+    made = list(parallel_state._global_process_group_list or ())
+    parallel_state.destroy_model_parallel()
+    for group in made:
+        if group is not None and group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(group)
 
 
 def shutdown() -> None:

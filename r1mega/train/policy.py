@@ -5,11 +5,15 @@ Every method is collective: all ranks call it with the same arguments, taken fro
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from r1mega.algo.logprobs import logprobs_and_entropy
@@ -21,11 +25,14 @@ from r1mega.models.hf_fields import HfFields
 from r1mega.models.shard import ShardedModel, TensorSource
 from r1mega.parallel.collectives import gather, spread_over, sum_once
 from r1mega.parallel.groups import Groups
+from r1mega.train import checkpoint
 from r1mega.train.batch import Cut, MicroBatch, PackItem, make_micro_batch
 from r1mega.train.optimizer import AdamSettings, full_gradients, make_optimizer, wrap
 
 # (log-probs [R], entropy [R], micro-batch) -> (loss, sums to report). Names that end in `_max` are reduced by maximum.
 Loss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+_CHECKSUM_BYTES = 1 << 26  # digested at once, in eight times the memory
 
 
 class MegatronPolicy:
@@ -40,7 +47,8 @@ class MegatronPolicy:
         self.sharded = ShardedModel(self.chunks, fields, groups, options.layer_spec)
         self._wrapped = [wrap(chunk, groups) for chunk in self.chunks]
         self._adam = adam
-        self._optimizer = None
+        self.optimizer: MegatronOptimizer | None = None  # from `load` on
+        self.trains_trunk_further = True  # whether the loss two tokens ahead also reaches the model below
         self._mtp_weight = 0.0
         self._copies: dict[str, list[torch.Tensor]] = {}
         self._forward_backward = get_forward_backward_func()
@@ -48,7 +56,16 @@ class MegatronPolicy:
     def load(self, source: TensorSource) -> None:
         """Fill the parameters from a source of Hugging Face tensors, and take up the optimizer's state on them."""
         self.sharded.fill(source)
-        self._optimizer = make_optimizer(self._wrapped, self._adam)
+        self.optimizer = make_optimizer(self._wrapped, self._adam)
+
+    def restore(self, path: Path, copies: Sequence[str] = ()) -> None:
+        """Fill weights, optimizer and the kept copies named from a checkpoint that `save` wrote. Instead of `load`."""
+        self.optimizer = make_optimizer(self._wrapped, self._adam)
+        checkpoint.load(self, path, copies)
+
+    def save(self, path: Path, *, asynchronous: bool = False) -> AsyncRequest | None:
+        """Write weights, optimizer and kept copies into an empty directory; see `train.checkpoint.save`."""
+        return checkpoint.save(self, path, asynchronous=asynchronous)
 
     def plan(self, sequences: Sequence[PackItem], max_tokens: int) -> Plan:
         """Which sequences go into which micro-batch of which data-parallel part; see `algo.packing.plan_batch`."""
@@ -95,14 +112,15 @@ class MegatronPolicy:
         """
         for wrapped in self._wrapped:
             wrapped.zero_grad_buffer()
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
+        last = self.chunks[-1]
         self._mtp_weight = mtp_weight
-        self.chunks[-1].looks_further = mtp_weight > 0
+        last.looks_further, last.trains_trunk = mtp_weight > 0, self.trains_trunk_further
         try:
             reports = self._run(sequences, plan, loss, forward_only=False)
         finally:
             self._mtp_weight = 0.0
-            self.chunks[-1].looks_further = False
+            last.looks_further = False
         return self._reduce(reports)
 
     def optimizer_step(self, lr: float) -> float:
@@ -110,9 +128,9 @@ class MegatronPolicy:
 
         Raises ArithmeticError on a gradient that is not finite: the weights are then as they were.
         """
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        ok, grad_norm, _ = self._optimizer.step()
+        ok, grad_norm, _ = self.optimizer.step()
         if not ok or not torch.isfinite(torch.tensor(grad_norm)):
             raise ArithmeticError(
                 f"gradient norm: got {grad_norm}; must be finite; lower optim.lr or look at the batch's rewards"
@@ -130,6 +148,23 @@ class MegatronPolicy:
     def export_hf(self, *, wanted: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """(hf_name, tensor) of the whole model in the table's order; see ShardedModel.gather."""
         yield from self.sharded.gather(wanted=wanted)
+
+    def copies(self) -> list[str]:
+        """Names of the kept copies."""
+        return sorted(self._copies)
+
+    def digest(self) -> str:
+        """A digest of all weights, bit by bit: the same on every rank, and for every run at this layout that made them.
+
+        Each rank digests its own shards on its device; copies of a shard are counted once.
+        """
+        mine = {
+            (slot.name, shard): checksum(parameter)
+            for slot, shard, parameter in self.sharded.local
+            if self.sharded.placement.owner(slot, shard) == self.groups.rank and not slot.is_copy
+        }
+        whole = sorted(item for part in gather(mine, self.groups.control) for item in part.items())
+        return hashlib.sha256(repr(whole).encode()).hexdigest()[:32]
 
     @torch.no_grad()
     def keep_copy(self, name: str) -> None:
@@ -235,6 +270,19 @@ class MegatronPolicy:
         for part in gather(total, self.groups.control):
             _merge(reduced, part)
         return reduced
+
+
+@torch.no_grad()
+def checksum(tensor: torch.Tensor) -> int:
+    """A 64-bit sum over the tensor's bytes, each place weighed by its own odd number: any changed bit changes it."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    total = 0
+    for start in range(0, data.numel(), _CHECKSUM_BYTES):
+        part = data[start : start + _CHECKSUM_BYTES]
+        words = torch.nn.functional.pad(part, (0, -part.numel() % 4)).view(torch.int32).to(torch.int64)
+        place = torch.arange(start // 4, start // 4 + words.numel(), device=words.device)
+        total += int((words * (place * 0x9E3779B97F4A7C1 * 2 + 1)).sum())  # modulo 2^64
+    return total % (1 << 64)
 
 
 def _merge(total: dict[str, float], part: dict[str, float]) -> None:

@@ -23,27 +23,27 @@ LAYOUTS = (
     "tp=2,cp=2,ep=2", "tp=2,pp=2,ep=2,dp=2", "tp=2,cp=2,pp=2,ep=4", "tp=2,pp=2,vpp=2,ep=2",
 )  # fmt: skip
 DENSE_LAYOUTS = tuple(layout for layout in LAYOUTS if "ep=" not in layout and "etp=" not in layout)
-_ATTENTION, _MLP = ("core_attn",), ("core_attn", "mlp", "layernorm")
 LEVERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("deepseek_v3_mtp", "tp=2,pp=2,ep=2", {"recompute": "full", "recompute_num_layers": 1}),
     ("deepseek_v3", "tp=2,cp=2", {"recompute": "full", "recompute_num_layers": 2}),
-    ("deepseek_v3", "tp=2,ep=2", {"recompute": "selective", "recompute_modules": ("core_attn", "mla_up_proj")}),
-    ("deepseek_v3", "pp=2,vpp=2", {"recompute": "selective", "recompute_modules": ("layernorm", "shared_experts")}),
-    ("qwen2", "tp=2,cp=2", {"recompute": "selective", "recompute_modules": _ATTENTION}),
-    ("llama", "tp=2,pp=2", {"recompute": "selective", "recompute_modules": _MLP}),
+    ("deepseek_v3", "tp=2,ep=2", {"recompute": "selective", "recompute_modules": ("core_attn", "shared_experts")}),
+    ("deepseek_v3_mtp", "pp=2,vpp=2", {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),
+    ("qwen2", "tp=2,cp=2", {"recompute": "selective", "recompute_modules": ("core_attn",)}),
+    ("llama", "tp=2,pp=2", {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),
+    ("llama", "pp=2", {"recompute": "full", "recompute_num_layers": 2}),
 )
 HEADER = f"{'family':<16} {'layout':<26} {'log-prob':>9} {'gradient':>9} {'weights':>9} {'bias':>7}  worst gradient"
 
 
-def plan(families: tuple[str, ...], layouts: list[str] | None, *, levers: bool) -> list[dict]:
-    """The cells asked for. Raises ValueError for a layout that cannot be read."""
+def plan(families: tuple[str, ...], layouts: list[str] | None, levers: str) -> list[dict]:
+    """The cells asked for; `levers` is with, without or only. Raises ValueError for a layout that cannot be read."""
     from r1mega.parallel.layout import Layout
 
     found = []
-    for family in families:
+    for family in families if levers != "only" else ():
         chosen = layouts or (LAYOUTS if family.startswith("deepseek") else DENSE_LAYOUTS)
         found += [{"family": family, "layout": str(Layout.parse(layout)), "options": {}} for layout in chosen]
-    if levers:
+    if levers == "only" or (levers == "with" and layouts is None):
         found += [
             {"family": family, "layout": str(Layout.parse(layout)), "options": options}
             for family, layout, options in LEVERS
