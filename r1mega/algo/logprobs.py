@@ -1,12 +1,14 @@
-"""Log-probabilities and entropies from logits that are cut along the vocabulary.
+"""Log-probabilities and entropies from logits that are cut along the vocabulary, or from what they are made of.
 
-Shape suffixes: T tokens, V this rank's columns of the vocabulary, N the columns of V that are real tokens, 1 a kept
-axis of size one. Ranks of a group hold consecutive blocks: rank r holds the token ids [r * V, (r + 1) * V).
+Shape suffixes: T tokens, H hidden size, V this rank's columns of the vocabulary, N the columns of V that are real
+tokens, 1 a kept axis of size one. Ranks of a group hold consecutive blocks: rank r holds the token ids
+[r * V, (r + 1) * V).
 
 No function here holds more than `chunk_tokens` rows of the vocabulary in fp32 at a time, forward or backward: one such
 chunk, one more where the logits are not fp32 or the temperature is not 1, one more for the entropy. What is kept for
 the backward pass is the logits themselves, which the model's output layer made anyway, the targets and two numbers a
-token; the softmax is computed again from them.
+token; the softmax is computed again from them. `head_logprobs` does not even hold the logits: it makes them of the
+hidden states a chunk at a time, and makes them again in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+_INNER_PARTS = 16  # the fp32 numbers of a chunk of `head_logprobs` are worked out in so many parts
 
 
 class _Shard(NamedTuple):
@@ -79,6 +83,27 @@ def logprobs_and_entropy(
     return _VocabParallelLogprobs.apply(logits_TV, target_T, shard, True)
 
 
+def head_logprobs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_T: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of logits = hidden @ weight^T, of which no more than `chunk_tokens` rows are ever held.
+
+    `weight_VH` is this rank's rows of the output table. Other arguments and the result as in `logprobs_and_entropy`;
+    differentiable with respect to hidden states and weight. The gradient of the hidden states is this rank's part of a
+    sum over the group. A pass holds, beside the gradient of the weight, the logits of one chunk in the dtype of the
+    hidden states and a sixteenth of them in fp32, three times at most.
+    """
+    shard = _shard(hidden_TH.new_empty(0, weight_VH.shape[0]), group, temperature, chunk_tokens, vocab_size)
+    return _HeadLogprobs.apply(hidden_TH, weight_VH, target_T, shard)
+
+
 @torch.no_grad()
 def vocab_parallel_entropy(
     logits_TV: Tensor,
@@ -121,6 +146,56 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return _backward(grad_T, *ctx.saved_tensors, ctx.shard), None, None, None
 
 
+class _HeadLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, shard: _Shard):
+        inner = shard._replace(chunk_tokens=max(1, shard.chunk_tokens // _INNER_PARTS))
+        parts = list(_parts(hidden_TH.shape[0], shard.chunk_tokens))
+        results, memory = [], _logits_memory(hidden_TH, weight_VH, shard)
+        for part in parts:
+            logits_TV = torch.mm(hidden_TH[part], weight_VH.T, out=memory[: part.stop - part.start])
+            results.append(_forward(logits_TV, target_T[part], inner, with_entropy=True))
+        max_T, sum_T, logprobs_T, entropy_T = (torch.cat(values) for values in zip(*results, strict=True))
+        # A single chunk is kept, and becomes its own gradient: making it again would save nothing.
+        kept = memory if len(parts) == 1 else None
+        ctx.save_for_backward(hidden_TH, weight_VH, target_T, max_T, sum_T, kept)
+        ctx.shard, ctx.inner = shard, inner
+        ctx.mark_non_differentiable(entropy_T)
+        return logprobs_T, entropy_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_T: Tensor, _entropy_grad_T: Tensor | None):
+        hidden_TH, weight_VH, target_T, max_T, sum_T, kept = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_TH = torch.empty_like(hidden_TH) if needs_hidden else None
+        # Many chunks are summed: in 16 bits the small ones would be lost.
+        wide = torch.promote_types(weight_VH.dtype, torch.float32)
+        grad_VH = torch.zeros_like(weight_VH, dtype=wide) if needs_weight else None
+        memory = _logits_memory(hidden_TH, weight_VH, ctx.shard) if kept is None else kept
+        for part in _parts(hidden_TH.shape[0], ctx.shard.chunk_tokens):
+            logits_TV = memory[: part.stop - part.start]
+            if kept is None:
+                torch.mm(hidden_TH[part], weight_VH.T, out=logits_TV)
+            _backward(grad_T[part], logits_TV, target_T[part], max_T[part], sum_T[part], ctx.inner, in_place=True)
+            if grad_TH is not None:
+                torch.mm(logits_TV, weight_VH, out=grad_TH[part])
+            if grad_VH is not None:
+                grad_VH += logits_TV.T @ hidden_TH[part]
+        return grad_TH, None if grad_VH is None else grad_VH.to(weight_VH.dtype), None, None
+
+
+def _logits_memory(hidden_TH: Tensor, weight_VH: Tensor, shard: _Shard) -> Tensor:
+    """Memory for the logits of one chunk, used for all of them."""
+    return hidden_TH.new_empty(min(hidden_TH.shape[0], shard.chunk_tokens), weight_VH.shape[0])
+
+
+def _parts(num_tokens: int, step: int) -> Iterator[slice]:
+    """Slices of at most `step` tokens; one empty slice for no tokens, so that every rank of a group takes part."""
+    for start in range(0, max(num_tokens, 1), step):
+        yield slice(start, min(start + step, num_tokens))
+
+
 def _forward(logits_TV: Tensor, target_T: Tensor, shard: _Shard, with_entropy: bool) -> _Forward:
     num_tokens = logits_TV.shape[0]
     column_T = target_T - shard.first_id
@@ -160,10 +235,18 @@ def _combine(tops_2T: Tensor, sums_KT: Tensor, group: dist.ProcessGroup) -> None
 
 
 def _backward(
-    grad_T: Tensor, logits_TV: Tensor, target_T: Tensor, max_T: Tensor, sum_T: Tensor, shard: _Shard
+    grad_T: Tensor,
+    logits_TV: Tensor,
+    target_T: Tensor,
+    max_T: Tensor,
+    sum_T: Tensor,
+    shard: _Shard,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
-    """d logprob / d logit_v = (1[v is the target] - p_v) / temperature, computed a chunk at a time."""
-    grad_TV = torch.empty_like(logits_TV, memory_format=torch.contiguous_format)
+    """d logprob / d logit_v = (1[v is the target] - p_v) / temperature, a chunk at a time; in place of the logits where
+    asked."""
+    grad_TV = logits_TV if in_place else torch.empty_like(logits_TV, memory_format=torch.contiguous_format)
     grad_TV[:, shard.num_real :] = 0
     if shard.num_real == 0:
         return grad_TV

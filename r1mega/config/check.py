@@ -25,6 +25,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("model.mtp_loss_coef", ((">=", 0),)),
     ("device.threads", ((">=", 1),)),
     ("memory.recompute_num_layers", ((">=", 1),)),
+    ("memory.logprob_chunk_tokens", ((">=", 1),)),
     ("checkpoint.every", ((">=", 0),)),
     ("checkpoint.keep_newest", ((">=", 1),)),
     ("checkpoint.keep_best", ((">=", 0),)),
@@ -188,7 +189,7 @@ def _check_memory(config: Config) -> Iterator[Fault]:
 
 def _check_saving(config: Config) -> Iterator[Fault]:
     every, parts = config.checkpoint.every, config.algo.updates_per_round
-    if config.stage.loop is Loop.rl and parts >= 1 and every % parts:
+    if config.stage.loop is Loop.rl and parts >= 1 and every >= 1 and every % parts:
         constraint = f"must be whole rounds of algo.updates_per_round={parts} updates"
         nearest = max(1, round(every / parts)) * parts
         yield Fault("checkpoint.every", str(every), constraint, f"use for example {nearest}")

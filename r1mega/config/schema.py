@@ -119,6 +119,8 @@ class MemoryConfig:
     """Activations computed again in the backward pass: none, those of some modules, or whole layers."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
     """With `selective`: core_attn, mlp, moe, shared_experts; on te also mla_up_proj, layernorm, moe_act."""
+    logprob_chunk_tokens: int = 1024
+    """Tokens whose logits are held at once, forward and backward (ours)."""
     recompute_num_layers: int = 1
     """With `full`: layers in a group of which only the input is kept; must divide the layers of every chunk."""
 

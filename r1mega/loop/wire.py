@@ -240,6 +240,7 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
             clip_grad=optim.clip_grad,
         )
         policy = MegatronPolicy(fields, groups, _model_options(config), adam, temperature=temperature)
+        policy.logprob_chunk_tokens = config.memory.logprob_chunk_tokens
         policy.trains_trunk_further = config.stage.loop is Loop.sft
         if config.run.resume_from is None:
             is_random = config.model.init is Init.random

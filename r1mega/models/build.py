@@ -18,8 +18,8 @@ def build_chunks(fields: HfFields, groups: Groups, options: ModelOptions) -> lis
     """The models of this rank's chunks of layers, one unless the pipeline is interleaved, with unfilled weights.
 
     Fill them through `models.shard.ShardedModel` before use. A forward takes input_ids [1, T / cp], position_ids
-    [1, T / cp] and PackedSequences, and returns hidden states [T / cp / tp, 1, hidden]; the last chunk's `logits` makes
-    logits of them.
+    [1, T / cp] and PackedSequences, and returns hidden states [T / cp / tp, 1, hidden]; the last chunk's `head` gives
+    what logits are made of.
     """
     config = transformer_config(fields, groups.layout, options)
     return [_chunk(fields, groups, options, config, index) for index in range(groups.layout.vpp)]

@@ -13,7 +13,7 @@ from r1mega.models.attention import PackedSequences
 
 
 class HiddenStateGPT(GPTModel):
-    """On the last stage `forward` returns the final hidden states [T / tp, 1, hidden] instead of logits.
+    """On the last stage `forward` returns the final hidden states [T / tp, 1, hidden] instead of logits; see `head`.
 
     A prompt's tokens and the padding need no logits; at a vocabulary of 129,280 they are most of the memory.
 
@@ -48,8 +48,11 @@ class HiddenStateGPT(GPTModel):
     def _embed_without_gradient(self, **kwargs: torch.Tensor) -> torch.Tensor:
         return self.embedding(**kwargs).detach()
 
-    def logits(self, hidden: torch.Tensor, rows_R: torch.Tensor, *, further: bool = False) -> torch.Tensor:
-        """Logits [R, padded vocabulary / tp] of this tensor rank's part of the vocabulary, at positions `rows_R`.
+    def head(
+        self, hidden: torch.Tensor, rows_R: torch.Tensor, *, further: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What logits at positions `rows_R` are the product of: hidden states [R, hidden], and this tensor rank's rows
+        of the output table [padded vocabulary / tp, hidden].
 
         `hidden` is what `forward` returned on the last stage; `further` takes the multi-token-prediction layer's part
         of it. Its gradient is summed over the tensor ranks, which each hold a part of the vocabulary.
@@ -65,4 +68,4 @@ class HiddenStateGPT(GPTModel):
             whole = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
         else:
             whole = copy_to_tensor_model_parallel_region(hidden, group=group)
-        return torch.nn.functional.linear(whole.squeeze(1).index_select(0, rows_R), weight)
+        return whole.squeeze(1).index_select(0, rows_R), weight

@@ -59,6 +59,10 @@ class CheckpointReader:
                 ) from None
         return self._files[name]
 
+    def holds(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor of that name."""
+        return name in self.where
+
     def get(self, tensor: HfTensor) -> torch.Tensor:
         """The tensor, on the CPU. Raises ValueError where it is absent or has another shape."""
         if tensor.name not in self.where:

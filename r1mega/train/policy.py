@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from r1mega.algo.logprobs import logprobs_and_entropy
+from r1mega.algo.logprobs import head_logprobs
 from r1mega.algo.packing import Plan, plan_batch
 from r1mega.algo.policy_loss import merge_metrics
 from r1mega.models.build import build_chunks
@@ -49,6 +49,7 @@ class MegatronPolicy:
         self._adam = adam
         self.optimizer: MegatronOptimizer | None = None  # from `load` on
         self.trains_trunk_further = True  # whether the loss two tokens ahead also reaches the model below
+        self.logprob_chunk_tokens = 1024  # tokens whose logits are held at once
         self._mtp_weight = 0.0
         self._copies: dict[str, list[torch.Tensor]] = {}
         self._forward_backward = get_forward_backward_func()
@@ -234,25 +235,27 @@ class MegatronPolicy:
         if not batch.samples:
             return hidden.sum() * 0.0, {}  # a micro-batch of padding, so that all ranks run equally many
         last = self.chunks[-1]
-        found = self._score(last.logits(hidden, batch.rows_L), batch.targets_L, self.temperature)
+        found = self._score(*last.head(hidden, batch.rows_L), batch.targets_L, self.temperature)
         if batch.select_L is not None:
             found = (spread_over(values, batch.select_L, len(batch.sequence_R), self.groups.cp) for values in found)
         logprobs_R, entropy_R = found
         value, report = loss(logprobs_R, entropy_R, batch)
         if self._mtp_weight:
-            logits_MV = last.logits(hidden, batch.further_rows_M, further=True)
-            further_M, _ = self._score(logits_MV, batch.further_targets_M, 1.0)
+            head = last.head(hidden, batch.further_rows_M, further=True)
+            further_M, _ = self._score(*head, batch.further_targets_M, 1.0)
             further = -self._mtp_weight * sum_once(further_M.sum(), self.groups.cp)
             value, report = value + further, report | {"mtp_loss": further.detach()}
         return value, report
 
-    def _score(self, logits_LV: torch.Tensor, targets_L: torch.Tensor, temperature: float):
-        """Log-probs [L] of the targets and entropies [L]; logits hold this tensor rank's part of the vocabulary."""
-        return logprobs_and_entropy(
-            logits_LV,
+    def _score(self, hidden_LH: torch.Tensor, weight_VH: torch.Tensor, targets_L: torch.Tensor, temperature: float):
+        """Log-probs and entropies [L] of the targets; the weight holds this tensor rank's part of the vocabulary."""
+        return head_logprobs(
+            hidden_LH,
+            weight_VH,
             targets_L,
             group=self.groups.tp if self.groups.layout.tp > 1 else None,
             temperature=temperature,
+            chunk_tokens=self.logprob_chunk_tokens,
             vocab_size=self.fields["vocab_size"],
         )
 

@@ -13,7 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from r1mega.algo.logprobs import logprobs_and_entropy, vocab_parallel_entropy, vocab_parallel_logprobs
+from r1mega.algo.logprobs import (
+    head_logprobs,
+    logprobs_and_entropy,
+    vocab_parallel_entropy,
+    vocab_parallel_logprobs,
+)
 
 NUM_TOKENS, PADDED_VOCAB, VOCAB = 37, 24, 19  # cut in two, the second rank has 7 real columns
 DTYPES = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -185,6 +190,69 @@ def test_keeps_the_logits_the_targets_and_two_numbers_a_token_for_backward():
 def test_refuses_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         vocab_parallel_logprobs(torch.zeros(1, 4), torch.zeros(1, dtype=torch.long), **options)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 37, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_from_hidden_states_equals_torch_whatever_the_chunks(chunk_tokens, temperature):
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(NUM_TOKENS, 6, generator=generator, dtype=torch.double)
+    weight = torch.randn(PADDED_VOCAB, 6, generator=generator, dtype=torch.double)
+    _, target, incoming = case(torch.double)
+    leaves = [value.clone().requires_grad_() for value in (hidden, weight)]
+    table = torch.log_softmax((leaves[0] @ leaves[1].T)[:, :VOCAB] / temperature, -1)
+    table[torch.arange(NUM_TOKENS), target].backward(incoming)
+    mine = [value.clone().requires_grad_() for value in (hidden, weight)]
+    options = {"temperature": temperature, "chunk_tokens": chunk_tokens, "vocab_size": VOCAB}
+    logprobs, entropy = head_logprobs(*mine, target, **options)
+    logprobs.backward(incoming)
+    assert torch.allclose(logprobs, table[torch.arange(NUM_TOKENS), target], atol=1e-12)
+    assert torch.allclose(entropy, -(table.exp() * table).sum(-1), atol=1e-12)
+    for leaf, expected in zip(mine, leaves, strict=True):
+        assert torch.allclose(leaf.grad, expected.grad, atol=1e-12)
+    # negative control: the gradient of the padding columns is zero, that of the others is not
+    assert not mine[1].grad[VOCAB:].any() and mine[1].grad[:VOCAB].any()
+
+
+def test_no_tokens_of_hidden_states():
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(8, 4, requires_grad=True)
+    logprobs, entropy = head_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long))
+    assert logprobs.shape == entropy.shape == (0,)
+    logprobs.sum().backward()
+    assert not weight.grad.any()
+
+
+MEASURE = """
+import resource, sys, torch
+from r1mega.algo.logprobs import head_logprobs
+tokens, vocab, width, chunk = 8192, 129280, 16, int(sys.argv[1])
+torch.set_num_threads(2)
+hidden = torch.randn(tokens, width, dtype=torch.bfloat16, requires_grad=True)
+weight = torch.randn(vocab, width, dtype=torch.bfloat16, requires_grad=True)
+target = torch.randint(vocab, (tokens,))
+def run(count, chunk):
+    head_logprobs(hidden[:count], weight, target[:count], chunk_tokens=chunk)[0].sum().backward()
+run(64, 32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(tokens, chunk)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(grown / (chunk * vocab * 2))
+"""
+
+
+@pytest.mark.timeout(250)
+def test_the_memory_of_a_real_vocabulary():
+    """8,192 tokens of DeepSeek's vocabulary: the process grows by less than twice the bf16 logits of one chunk.
+
+    The whole logits would be eight chunks in bf16, sixteen in fp32: with a single chunk of 8,192 the same measure, of
+    twice the logits held once and their fp32 parts, shows that it sees them.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, "1024"], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.9
 
 
 @pytest.mark.timeout(120)

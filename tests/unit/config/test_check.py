@@ -167,8 +167,10 @@ def test_a_directory_that_holds_a_run_is_refused(good: Config) -> None:
     (message,) = messages(good)
     assert message == (
         f"run.dir: got {place}; already holds a run (config.yaml); "
-        "choose another run.dir, or remove or rename the old one"
+        "go on with it (run.resume=true), choose another run.dir, or remove or rename the old one"
     )
+    good.run.resume = True
+    assert check(good) == []
 
 
 def test_random_initialisation_needs_no_weights(good: Config) -> None:
