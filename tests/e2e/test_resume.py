@@ -1,0 +1,262 @@
+"""A resumed run is the same run: killed with SIGKILL, also while it saves; damaged checkpoints refused; replay."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from r1mega.train.checkpoint_store import CheckpointStore
+
+COMMON = ["logger.console=false", "logger.tensorboard=false", "checkpoint.keep_newest=9"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Questions for RL and rows for SFT."""
+    folder = tmp_path_factory.mktemp("data")
+    pairs = [(f"What is {a} plus {b}?", str(a + b)) for a in range(1, 7) for b in range(1, 9)]
+    rows = {
+        "rl": [{"question": question, "answer": f"#### {answer}"} for question, answer in pairs],
+        "sft": [{"prompt": question, "response": f"It is {answer}."} for question, answer in pairs],
+    }
+    for name, found in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder
+
+
+def rl(checkpoint: Path, files: Path, run_dir: Path) -> list[str]:
+    """Three rounds of two updates. Nothing is rewarded: the pull to the reference, away from which weight decay moves
+    the policy, gives the gradient."""
+    return [
+        "experiment=r1_zero_gsm8k", f"model.hf={checkpoint}", f"data.train={files}/rl.jsonl", f"run.dir={run_dir}",
+        "algo.updates=6", "algo.questions_per_round=2", "algo.group_size=4", "algo.updates_per_round=2",
+        "algo.kl_coef=1.0", "algo.reference_refresh=4", "rollout.max_tokens=24", "optim.lr=1e-3",
+        "optim.weight_decay=10", "model.moe_router_bias_update_rate=0.01", "checkpoint.every=2", *COMMON,
+    ]  # fmt: skip
+
+
+def sft(checkpoint: Path, files: Path, run_dir: Path) -> list[str]:
+    return [
+        "stage=sft", "data=sft", "optim=cosine", f"model.hf={checkpoint}", f"data.train={files}/sft.jsonl",
+        f"run.dir={run_dir}", "sft.updates=6", "sft.batch_size=8", "sft.max_length=512", "data.template=plain",
+        "optim.lr=1e-3", "optim.weight_decay=0.1", "checkpoint.every=3", *COMMON,
+    ]  # fmt: skip
+
+
+def command(*overrides: object) -> list[str]:
+    return [sys.executable, "-m", "r1mega.cli", "train", *map(str, overrides)]
+
+
+def train(*overrides: object, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*overrides), capture_output=True, text=True, timeout=timeout)
+
+
+def train_and_kill(*overrides: object, after: Path | None = None, seconds: float = 0.0) -> bool:
+    """Start a run, wait for a file and then so many seconds, SIGKILL all its processes. False: it had ended itself."""
+    process = subprocess.Popen(
+        command(*overrides), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    limit = time.monotonic() + 120
+    while after is not None and not after.exists() and process.poll() is None:
+        assert time.monotonic() < limit, f"{after} did not come"
+        time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=max(seconds, 0.001))
+    ran = process.poll() is None
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if ran else []
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGKILL)
+    process.wait(timeout=20)
+    return ran
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl less what a clock says."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith(("time", "perf/"))}
+        for line in lines
+    ]
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "hf" / "model.safetensors")
+
+
+def assert_same_run(run_dir: Path, expected: Path) -> None:
+    assert metrics_of(run_dir) == metrics_of(expected)
+    if (expected / "samples.jsonl").exists():
+        assert (run_dir / "samples.jsonl").read_text() == (expected / "samples.jsonl").read_text()
+    ours, theirs = weights_of(run_dir), weights_of(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def whole_rl(checkpoint, files, tmp_path_factory) -> Path:
+    """An RL run that nobody stopped."""
+    run_dir = tmp_path_factory.mktemp("rl") / "run"
+    done = train(*rl(checkpoint("deepseek_v3"), files, run_dir))
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def killed_rl(checkpoint, files, run_dir: Path) -> list[str]:
+    overrides = rl(checkpoint("deepseek_v3"), files, run_dir)
+    assert train_and_kill(*overrides, after=run_dir / "checkpoints" / "latest", seconds=0.3)
+    return overrides
+
+
+@pytest.mark.parametrize("options", [(), ("checkpoint.asynchronous=true",)], ids=["", "asynchronous"])
+def test_rl_goes_on_as_if_never_stopped(checkpoint, files, whole_rl, tmp_path, options):
+    run_dir = tmp_path / "run"
+    overrides = [*rl(checkpoint("deepseek_v3"), files, run_dir), *options]
+    assert train_and_kill(*overrides, after=run_dir / "checkpoints" / "latest", seconds=0.3)
+    resumed = train(*overrides, "run.resume=true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(run_dir, whole_rl)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        "latest", "update-000002", "update-000004", "update-000006",
+    ]  # fmt: skip
+
+
+def test_rl_goes_on_at_another_layout(checkpoint, files, whole_rl, tmp_path):
+    """fp32 sums in another order: gradient norms within 1e-5, weights after four more updates within 1e-5."""
+    run_dir = tmp_path / "run"
+    overrides = killed_rl(checkpoint, files, run_dir)
+    resumed = train(*overrides, "run.resume=true", "parallel.tp=2")
+    assert resumed.returncode == 0, resumed.stderr
+    for mine, expected in zip(metrics_of(run_dir), metrics_of(whole_rl), strict=True):
+        assert mine["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-5, abs=1e-5)
+    ours, theirs = weights_of(run_dir), weights_of(whole_rl)
+    assert max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs) < 1e-5
+    assert any(not torch.equal(ours[n], theirs[n]) for n in theirs), "another layout that rounds alike proves little"
+
+
+def test_sft_goes_on_as_if_never_stopped(checkpoint, files, tmp_path):
+    """On four processes, with the multi-token-prediction layer trained along."""
+    source = checkpoint("deepseek_v3", mtp=True)
+    options = ["parallel=tp2_pp2_ep2", "model.mtp=train"]
+    expected = train(*sft(source, files, tmp_path / "whole"), *options)
+    assert expected.returncode == 0, expected.stderr
+    run_dir = tmp_path / "run"
+    overrides = [*sft(source, files, run_dir), *options]
+    assert train_and_kill(*overrides, after=run_dir / "checkpoints" / "latest")
+    resumed = train(*overrides, "run.resume=true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(run_dir, tmp_path / "whole")
+    started = load_file(source / "model.safetensors")
+    assert not torch.equal(
+        weights_of(run_dir)["model.layers.4.eh_proj.weight"], started["model.layers.4.eh_proj.weight"]
+    )
+
+
+def killed_again_and_again(overrides: list[str], run_dir: Path, kills: int, seed: int) -> list[int]:
+    """Kill a run that saves after every update so many times, at random moments; the update of each latest one."""
+    rng = random.Random(seed)
+    store = CheckpointStore(run_dir / "checkpoints", 2, 0)
+    reached = [0]
+    for _ in range(kills):
+        # The start's first new checkpoint has come; then anywhere in the next few updates and savings.
+        wanted = run_dir / "checkpoints" / f"update-{reached[-1] + 1:06d}"
+        assert train_and_kill(*overrides, after=wanted, seconds=rng.uniform(0, 0.8)), "the run ended by itself"
+        latest = store.latest()
+        assert latest is not None
+        store.verify(latest)
+        reached.append(store.list()[-1].update)
+        assert reached[-1] > reached[-2], "a checkpoint was lost"
+    return reached
+
+
+def test_no_kill_loses_a_checkpoint(checkpoint, files, tmp_path):
+    """Twenty kills at random moments, in two runs side by side; then each goes on to its end."""
+    source = checkpoint("llama")
+    runs = [tmp_path / "one", tmp_path / "two"]
+    endless = ["checkpoint.every=1", "sft.updates=1000", "optim.schedule=constant", "run.resume=true"]
+    overrides = [[*sft(source, files, run_dir), *endless, "checkpoint.keep_newest=2"] for run_dir in runs]
+    with ThreadPoolExecutor(2) as pool:
+        reached = list(pool.map(killed_again_and_again, overrides, runs, [10, 10], [8, 9]))
+    for run_dir, options, updates in zip(runs, overrides, reached, strict=True):
+        last = updates[-1] + 1
+        done = train(*options, f"sft.updates={last}")
+        assert done.returncode == 0, done.stderr
+        assert [row["update"] for row in metrics_of(run_dir)] == list(range(1, last + 1))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "truncated"])
+def test_a_damaged_checkpoint_is_refused_by_name(checkpoint, files, whole_rl, tmp_path, damage):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_rl, run_dir)
+    shard = run_dir / "checkpoints" / "update-000006" / "model" / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    {
+        "flipped": lambda: shard.write_bytes(content),
+        "missing": shard.unlink,
+        "truncated": lambda: os.truncate(shard, 99),
+    }[damage]()
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    refused = train(*rl(checkpoint("deepseek_v3"), files, run_dir), "algo.updates=8", "run.resume=true")
+    assert refused.returncode == 2
+    assert "model/__0_0.distcp" in refused.stderr
+    assert "update-000004" in refused.stderr, "the remedy names another checkpoint"
+    assert "Traceback" not in refused.stderr
+    assert (run_dir / "metrics.jsonl").read_bytes() == before, "nothing was touched"
+    if damage != "flipped":
+        return
+    earlier = run_dir / "checkpoints" / "update-000004"
+    resumed = train(*rl(checkpoint("deepseek_v3"), files, run_dir), f"run.resume_from={earlier}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(run_dir, whole_rl)
+
+
+def test_a_changed_run_is_refused_by_field(checkpoint, files, whole_rl, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_rl, run_dir)
+    overrides = [*rl(checkpoint("deepseek_v3"), files, run_dir), "run.resume=true", "algo.updates=8"]
+    refused = train(*overrides, "optim.lr=0.01", "run.seed=3")
+    assert refused.returncode == 2
+    assert "optim.lr: got 0.01; the run was started with 0.001" in refused.stderr
+    assert "run.seed: got 3; the run was started with 0" in refused.stderr
+    other = train(*overrides[:-2], "run.resume=true", "model.hf=" + str(checkpoint("llama")), "run.allow_changes=true")
+    assert other.returncode != 0
+    assert "must hold every tensor of this model" in other.stderr
+
+
+def test_replay_gives_what_was_recorded(whole_rl, tmp_path):
+    argv = [sys.executable, "-m", "r1mega.cli", "replay"]
+    for place in ("round=1 update=2", "round=3 update=5"):
+        done = subprocess.run([*argv, str(whole_rl), *place.split()], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["identical"] and answer["recorded"] == answer["replayed"]
+    # negative control: one sample's reward changed in the record
+    from r1mega.loop import rounds
+
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_rl, run_dir)
+    record = rounds.read(run_dir, 3)
+    sample = record.groups[0].samples[0]
+    sample.score = type(sample.score)(1.0, sample.score.parts)
+    rounds.write(run_dir, record)
+    done = subprocess.run([*argv, str(run_dir), "round=3", "update=6"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "DIFFERS" in done.stderr
+    done = subprocess.run([*argv, str(run_dir), "round=7", "update=14"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "there are: 1 to 3" in done.stderr
