@@ -11,7 +11,19 @@ from pathlib import Path
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights
 from r1mega.config.faults import Fault
 from r1mega.config.io import FILE_NAME
-from r1mega.config.schema import Config, DataFormat, DeviceType, EngineKind, Init, LayerSpec, Loop, Mtp, Recompute
+from r1mega.config.schema import (
+    Config,
+    DataFormat,
+    DeviceType,
+    Dispatcher,
+    EngineKind,
+    Init,
+    LayerSpec,
+    Loop,
+    Mtp,
+    ParamDtype,
+    Recompute,
+)
 
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
@@ -159,6 +171,7 @@ def _check_device(config: Config) -> Iterator[Fault]:
         elif importlib.util.find_spec("transformer_engine") is None:
             remedy = "install the gpu extra (pip install -e '.[gpu]') or use device.layer_spec=torch"
             yield Fault("device.layer_spec", "te", "transformer_engine is not installed", remedy)
+    yield from _check_gpu_only(config)
     world = config.parallel.world_size
     if config.rollout.engine is EngineKind.sglang:
         yield Fault("rollout.engine", "sglang", "is not available in this version", "use rollout.engine=embedded")
@@ -166,6 +179,31 @@ def _check_device(config: Config) -> Iterator[Fault]:
         remedy = f"use at most {world}, or a larger layout"
         constraint = f"must be at most the {world} training processes that can host an engine"
         yield Fault("rollout.engines", str(config.rollout.engines), constraint, remedy)
+
+
+def _check_gpu_only(config: Config) -> Iterator[Fault]:
+    """What was asked for and is not to be had here is refused, never left out in silence."""
+    parallel, precision, device = config.parallel, config.precision, config.device
+    wanted = [
+        ("parallel.dispatcher", parallel.dispatcher is Dispatcher.flex, "deep_ep"),
+        ("precision.moments", precision.moments is ParamDtype.bf16, "transformer_engine"),
+        ("precision.fp8", precision.fp8, "transformer_engine"),
+        ("device.fuse_weight_gradients", device.fuse_weight_gradients, "apex"),
+    ]
+    for field, is_on, package in wanted:
+        value = str(value_at(config, field)).lower()
+        if is_on and device.type is DeviceType.cpu:
+            yield Fault(field, value, "needs a GPU (device=cuda)", f"take {field} back to its default")
+        elif is_on and importlib.util.find_spec(package) is None:
+            yield Fault(field, value, f"{package} is not installed", f"install it, or take {field} back to its default")
+    if precision.fp8 and device.layer_spec is not LayerSpec.te:
+        constraint = "its matrix products are Transformer Engine's"
+        yield Fault("precision.fp8", "true", constraint, "set device.layer_spec=te or precision=bf16")
+    if precision.fp8 and precision.params is not ParamDtype.bf16:
+        yield Fault("precision.params", "fp32", "FP8 training keeps its other numbers in bf16", "use precision=fp8")
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        constraint = "parameters are gathered by the buckets gradients are reduced in"
+        yield Fault("parallel.overlap_param_gather", "true", constraint, "set parallel.overlap_grad_reduce=true")
 
 
 def _check_memory(config: Config) -> Iterator[Fault]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -27,6 +28,7 @@ Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
 WandbMode = StrEnum("WandbMode", ["offline", "online"])
 Mtp = StrEnum("Mtp", ["drop", "freeze", "train"])
 Recompute = StrEnum("Recompute", ["none", "selective", "full"])
+Dispatcher = StrEnum("Dispatcher", ["alltoall", "flex"])
 Verify = StrEnum("Verify", ["full", "quick"])
 
 
@@ -90,6 +92,17 @@ class ParallelConfig:
     """Chunks of layers each pipeline stage holds; above 1 the pipeline is interleaved."""
     stages: list[int] | None = None
     """Decoder layers of each of the pp x vpp chunks, in order; null deals them out evenly."""
+    dispatcher: Dispatcher = Dispatcher.alltoall
+    """What brings tokens to their experts: `alltoall` everywhere, `flex` is DeepEP's kernels (GPU only)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients of one bucket while the backward pass works on the next."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass begins; needs overlap_grad_reduce."""
+
+    def sizes(self) -> dict[str, Any]:
+        """What makes the layout."""
+        names = ("tp", "cp", "pp", "vpp", "ep", "etp", "dp", "stages")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def world_size(self) -> int:
@@ -101,6 +114,10 @@ class ParallelConfig:
 class PrecisionConfig:
     params: ParamDtype = MISSING
     """Type of parameters and activations. The optimizer's master weights are fp32 in either case."""
+    fp8: bool = False
+    """Matrix products in FP8 (E4M3, blocks of 1 x 128 activations and 128 x 128 weights), as V3 trained; needs te."""
+    moments: ParamDtype = ParamDtype.fp32
+    """Type of Adam's moments (V3: bf16); bf16 needs Transformer Engine's Adam."""
 
 
 @dataclass
@@ -111,10 +128,14 @@ class DeviceConfig:
     """Layers of plain torch, or Transformer Engine's (`te`, GPU only)."""
     threads: int = 1
     """CPU threads of each training process."""
+    fuse_weight_gradients: bool = False
+    """Add weight gradients into their fp32 sums inside apex's kernel; needs apex and a GPU."""
 
 
 @dataclass
 class MemoryConfig:
+    offload: bool = False
+    """Keep gradients and optimizer state in host memory while the engine generates."""
     recompute: Recompute = Recompute.none
     """Activations computed again in the backward pass: none, those of some modules, or whole layers."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])

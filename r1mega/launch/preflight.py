@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from r1mega.config.check import check, longest_response
@@ -12,7 +11,7 @@ from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config, DataFormat, Loop
 from r1mega.data.jsonl import read_rows
 from r1mega.launch.late_checks import check_tensors, check_tokens
-from r1mega.models import hf_fields
+from r1mega.models import fp8, hf_fields
 from r1mega.parallel.layout import Layout
 
 # Checks that need sound input (they tokenize, for example) run after all others have passed. Each returns its faults,
@@ -69,8 +68,10 @@ def _check_model(config: Config, sizes_are_sound: bool) -> list[Fault | str]:
         fields = hf_fields.read(config.model.hf)
     except ValueError as error:
         return [f"model.hf: {line}" for line in str(error).splitlines()]
-    layout = Layout.of(**asdict(config.parallel))
+    layout = Layout.of(**config.parallel.sizes())
     faults: list[Fault | str] = list(layout.problems(fields.shape())) if sizes_are_sound else []
+    if config.precision.fp8 and not faults:
+        faults += fp8.problems(fields, layout)
     # Prompts count towards the model's positions too, but their true lengths are known only once they are tokenized.
     field, tokens = longest_response(config)
     positions = fields["max_position_embeddings"]

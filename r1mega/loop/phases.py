@@ -173,6 +173,8 @@ def publish(run: RlRun) -> None:
     with run.timer.phase("publish"):
         tensors = run.policy.export_hf(wanted=run.engine is not None)
         memory.publish(tensors, run.engine, run.state.update)
+        if run.config.memory.offload:
+            run.policy.hand_over()
 
 
 def is_evaluation_due(run: RlRun) -> bool:

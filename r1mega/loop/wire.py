@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,7 +116,7 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
             run.engine = EmbeddedEngine(
                 config.model.hf,
                 run.tokenizer,
-                dtype=_dtype(config),
+                dtype=_dtype(config.precision.params),
                 device=run.groups.device,
                 max_batch=config.rollout.max_batch,
             )
@@ -213,7 +213,7 @@ def export(policy: MegatronPolicy, fields: HfFields, config: Config, name: str, 
 @contextmanager
 def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = True) -> Iterator[Run]:
     optim = config.optim
-    layout = Layout.of(**asdict(config.parallel))
+    layout = Layout.of(**config.parallel.sizes())
     groups = process_groups.initialize(
         layout,
         str(config.device.type),
@@ -238,6 +238,9 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
             eps=optim.eps,
             weight_decay=optim.weight_decay,
             clip_grad=optim.clip_grad,
+            moments=_dtype(config.precision.moments),
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            overlap_param_gather=config.parallel.overlap_param_gather,
         )
         policy = MegatronPolicy(fields, groups, _model_options(config), adam, temperature=temperature)
         policy.logprob_chunk_tokens = config.memory.logprob_chunk_tokens
@@ -259,7 +262,10 @@ def _model_options(config: Config):
 
     model, memory = config.model, config.memory
     return ModelOptions(
-        params_dtype=_dtype(config),
+        params_dtype=_dtype(config.precision.params),
+        fp8=config.precision.fp8,
+        dispatcher=str(config.parallel.dispatcher),
+        fuse_weight_gradients=config.device.fuse_weight_gradients,
         layer_spec=str(config.device.layer_spec),
         router_bias_update_rate=model.moe_router_bias_update_rate,
         router_balance_coef=model.router_balance_coef,
@@ -270,10 +276,10 @@ def _model_options(config: Config):
     )
 
 
-def _dtype(config: Config):
+def _dtype(name: str):
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[str(config.precision.params)]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[str(name)]
 
 
 def _synchronize(groups: Groups):

@@ -26,6 +26,9 @@ class ModelOptions:
     router_bias_update_rate: float = 0.0
     router_balance_coef: float = 0.0
     freezes_mtp: bool = False
+    fp8: bool = False
+    dispatcher: str = "alltoall"  # or "flex"
+    fuse_weight_gradients: bool = False
     recompute: str = "none"  # or "selective", "full"
     recompute_modules: tuple[str, ...] = ()
     recompute_num_layers: int = 1
@@ -95,7 +98,7 @@ def _common(fields: HfFields, layout: Layout, options: ModelOptions) -> dict[str
         "use_cpu_initialization": False,
         "init_method": init,
         "output_layer_init_method": init,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": options.fuse_weight_gradients,
         "bias_activation_fusion": on_te,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
@@ -103,8 +106,10 @@ def _common(fields: HfFields, layout: Layout, options: ModelOptions) -> dict[str
         "apply_rope_fusion": False,
         "cross_entropy_loss_fusion": False,
         # Checked for dense models too: the only dispatcher that takes micro-batches of varying length.
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": options.dispatcher,
+        "moe_flex_dispatcher_backend": "deepep",
         **_recompute(options),
+        **_fp8(options),
     }
 
 
@@ -114,6 +119,13 @@ def _pipeline(fields: HfFields, layout: Layout) -> list[list[str]]:
     chunks[0].insert(0, "embedding")
     chunks[-1] += ["mtp"] * fields.num_mtp_layers + ["loss"]
     return chunks
+
+
+def _fp8(options: ModelOptions) -> dict[str, Any]:
+    """Transformer Engine's blockwise recipe; the router pads each expert's tokens to what FP8 products divide."""
+    if not options.fp8:
+        return {}
+    return {"fp8": "e4m3", "fp8_recipe": "blockwise", "moe_router_padding_for_quantization": True}
 
 
 def _recompute(options: ModelOptions) -> dict[str, Any]:

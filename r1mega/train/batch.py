@@ -52,12 +52,13 @@ class Cut:
     cp: int = 1
     cp_rank: int = 0
     cp_group: dist.ProcessGroup | None = None
+    align: int = 1  # what each rank's tokens divide by besides (FP8)
 
     @property
     def multiple(self) -> int:
         """What the padded length of a pack divides by: each of the 2 cp slices of a sequence has whole tokens, and each
         rank's tokens divide by tp. With cp > 1 it holds for every sequence."""
-        return self.tp if self.cp == 1 else 2 * self.cp * self.tp
+        return self.align * (self.tp if self.cp == 1 else 2 * self.cp * self.tp)
 
     def padded(self, length: int) -> int:
         """The next length that can be cut."""

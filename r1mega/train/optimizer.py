@@ -24,24 +24,34 @@ class AdamSettings:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad: float = 1.0
+    moments: torch.dtype = torch.float32
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
 
 
-def wrap(model: torch.nn.Module, groups: Groups) -> DistributedDataParallel:
+def wrap(chunks: Sequence[torch.nn.Module], groups: Groups, settings: AdamSettings) -> list[DistributedDataParallel]:
     """DDP whose gradients are fp32 sums, reduce-scattered to the ranks that hold each part of the optimizer's state."""
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+        overlap_param_gather=settings.overlap_param_gather,
         check_for_nan_in_grad=False,
     )
-    wrapped = DistributedDataParallel(model.config, config, model, pg_collection=groups.collection)
+    model_config = chunks[0].config
+    wrapped = [
+        DistributedDataParallel(model_config, config, chunk, pg_collection=groups.collection) for chunk in chunks
+    ]
 
     def finalize(chunks: list[torch.nn.Module], _num_tokens: Any = None, **kwargs: Any) -> None:
         # The loss is already divided by the global count: nothing is left to scale.
         finalize_model_grads(chunks, None, **kwargs)
 
-    model.config.finalize_model_grads_func = finalize
+    model_config.finalize_model_grads_func = finalize
+    if settings.overlap_grad_reduce:
+        # Only the last micro-batch's backward pass starts the reductions.
+        contexts = [chunk.no_sync for chunk in wrapped]
+        model_config.no_sync_func = contexts[0] if len(wrapped) == 1 else contexts
     return wrapped
 
 
@@ -60,6 +70,10 @@ def make_optimizer(wrapped: Sequence[DistributedDataParallel], settings: AdamSet
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=settings.overlap_param_gather,
+        use_precision_aware_optimizer=settings.moments != torch.float32,
+        exp_avg_dtype=settings.moments,
+        exp_avg_sq_dtype=settings.moments,
         barrier_with_L1_time=False,
     )
     return get_megatron_optimizer(config, list(wrapped), use_gloo_process_groups=False)

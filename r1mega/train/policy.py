@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from r1mega.algo.logprobs import head_logprobs
 from r1mega.algo.packing import Plan, plan_batch
 from r1mega.algo.policy_loss import merge_metrics
+from r1mega.models import fp8
 from r1mega.models.build import build_chunks
 from r1mega.models.hf_config import ModelOptions
 from r1mega.models.hf_fields import HfFields
@@ -27,6 +28,7 @@ from r1mega.parallel.collectives import gather, spread_over, sum_once
 from r1mega.parallel.groups import Groups
 from r1mega.train import checkpoint
 from r1mega.train.batch import Cut, MicroBatch, PackItem, make_micro_batch
+from r1mega.train.offload import Offload
 from r1mega.train.optimizer import AdamSettings, full_gradients, make_optimizer, wrap
 
 # (log-probs [R], entropy [R], micro-batch) -> (loss, sums to report). Names that end in `_max` are reduced by maximum.
@@ -45,12 +47,14 @@ class MegatronPolicy:
         self.temperature = temperature
         self.chunks = build_chunks(fields, groups, options)
         self.sharded = ShardedModel(self.chunks, fields, groups, options.layer_spec)
-        self._wrapped = [wrap(chunk, groups) for chunk in self.chunks]
+        self._wrapped = wrap(self.chunks, groups, adam)
         self._adam = adam
         self.optimizer: MegatronOptimizer | None = None  # from `load` on
         self.trains_trunk_further = True  # whether the loss two tokens ahead also reaches the model below
         self.logprob_chunk_tokens = 1024  # tokens whose logits are held at once
         self._mtp_weight = 0.0
+        self._align = fp8.TOKENS if options.fp8 else 1
+        self._offload: Offload | None = None
         self._copies: dict[str, list[torch.Tensor]] = {}
         self._forward_backward = get_forward_backward_func()
 
@@ -66,6 +70,8 @@ class MegatronPolicy:
 
     def save(self, path: Path, *, asynchronous: bool = False) -> AsyncRequest | None:
         """Write weights, optimizer and kept copies into an empty directory; see `train.checkpoint.save`."""
+        self.settle()
+        self.take_back()
         return checkpoint.save(self, path, asynchronous=asynchronous)
 
     def plan(self, sequences: Sequence[PackItem], max_tokens: int) -> Plan:
@@ -111,6 +117,7 @@ class MegatronPolicy:
         `mtp_weight` times the summed cross-entropy of the multi-token-prediction layer joins the loss; 0 leaves that
         layer out of the computation.
         """
+        self.take_back()
         for wrapped in self._wrapped:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -146,8 +153,30 @@ class MegatronPolicy:
                 parameter.full_grad = whole[parameter]
         yield from self.sharded.gather_gradients()
 
+    def hand_over(self) -> int:
+        """Leave the accelerator's memory to the engine: gradients and optimizer state go to host memory.
+
+        Returns the bytes freed. They come back by themselves when they are needed (`take_back`).
+        """
+        if self._offload is None:
+            self._offload = Offload(self._wrapped, self.optimizer)
+        return self._offload.move_out()
+
+    def take_back(self) -> None:
+        """Bring back what `hand_over` moved."""
+        if self._offload is not None:
+            self._offload.move_back()
+
+    def settle(self) -> None:
+        """Gather the parameters that the last optimizer step left to the next forward pass, before they are read."""
+        if self._adam.overlap_param_gather:
+            for wrapped in self._wrapped:
+                wrapped.disable_forward_pre_hook(param_sync=True)
+                wrapped.enable_forward_pre_hook()
+
     def export_hf(self, *, wanted: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """(hf_name, tensor) of the whole model in the table's order; see ShardedModel.gather."""
+        self.settle()
         yield from self.sharded.gather(wanted=wanted)
 
     def copies(self) -> list[str]:
@@ -159,6 +188,7 @@ class MegatronPolicy:
 
         Each rank digests its own shards on its device; copies of a shard are counted once.
         """
+        self.settle()
         mine = {
             (slot.name, shard): checksum(parameter)
             for slot, shard, parameter in self.sharded.local
@@ -170,6 +200,7 @@ class MegatronPolicy:
     @torch.no_grad()
     def keep_copy(self, name: str) -> None:
         """Keep the present weights under a name (e.g. "reference"), in host memory."""
+        self.settle()
         tensors = [parameter for _, _, parameter in self.sharded.local]
         if name in self._copies:
             for kept, parameter in zip(self._copies[name], tensors, strict=True):
@@ -181,6 +212,7 @@ class MegatronPolicy:
     def weights(self, name: str) -> Iterator[None]:
         """Compute with the kept copy `name` inside the block. No gradient may be taken in it."""
         tensors = [parameter for _, _, parameter in self.sharded.local]
+        self.settle()
         present = [parameter.data for parameter in tensors]
         try:
             for parameter, kept in zip(tensors, self._copies[name], strict=True):
@@ -193,7 +225,7 @@ class MegatronPolicy:
     def _run(self, sequences: Sequence[PackItem], plan: Plan, loss: Loss, *, forward_only: bool) -> list[dict]:
         layout, at = self.groups.layout, self.groups.coordinate
         samples = plan.chunks[at.dp]
-        cut = Cut(layout.tp, layout.cp, at.cp, self.groups.cp)
+        cut = Cut(layout.tp, layout.cp, at.cp, self.groups.cp, self._align)
         # The stages of an interleaved pipeline exchange tensors of one shape (see models.hf_config).
         length = max(cut.pack_length(len(sequences[i].tokens) for i in chosen) for chosen in samples)
         batches = [

@@ -14,6 +14,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from r1mega.config import io
+from r1mega.config.faults import ConfigError
 from r1mega.config.registry import options
 from r1mega.launch import preflight
 
@@ -21,6 +22,8 @@ SNAPSHOTS = Path(__file__).parent / "snapshots"
 OPTIONS = [(group, name) for group, names in options().items() for name in names]
 # The option of another group without which an option makes no sense.
 COMPANIONS = {("stage", "sft"): ["data=sft"], ("data", "sft"): ["stage=sft"]}
+# Options that a machine without a GPU refuses, and what every fault then names.
+REFUSED = {("precision", "fp8"): "precision.fp8"}
 
 
 def compare(name: str, text: str) -> None:
@@ -44,7 +47,13 @@ def test_every_option_resolves_to_its_snapshot_and_passes_the_checks(
     train = inputs.sft if config.data.format == "sft" else inputs.qa
     data = replace(config.data, train=str(train), eval=str(inputs.qa) if config.data.eval else None)
     model = replace(config.model, hf=str(inputs.model))
-    preflight.require(replace(config, data=data, model=model, run=replace(config.run, dir=str(inputs.run))), ())
+    sound = replace(config, data=data, model=model, run=replace(config.run, dir=str(inputs.run)))
+    if (group, name) in REFUSED:
+        with pytest.raises(ConfigError) as refused:
+            preflight.require(sound, ())
+        assert all(str(fault).startswith(REFUSED[group, name]) for fault in refused.value.faults)
+    else:
+        preflight.require(sound, ())
 
 
 def test_the_defaults_compose_to_their_snapshot(composed: Callable[..., DictConfig]) -> None:

@@ -135,6 +135,13 @@ def test_rl_goes_on_as_if_never_stopped(checkpoint, files, whole_rl, tmp_path, o
     ]  # fmt: skip
 
 
+def test_offloading_changes_nothing(checkpoint, files, whole_rl, tmp_path):
+    run_dir = tmp_path / "run"
+    done = train(*rl(checkpoint("deepseek_v3"), files, run_dir), "memory.offload=true", "checkpoint.every=0")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run_dir, whole_rl)
+
+
 def test_rl_goes_on_at_another_layout(checkpoint, files, whole_rl, tmp_path):
     """fp32 sums in another order: gradient norms within 1e-5, weights after four more updates within 1e-5."""
     run_dir = tmp_path / "run"

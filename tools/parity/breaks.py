@@ -6,6 +6,7 @@ reductions it relies on; `gate_up` is a wrong row of the parameter table.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,8 +39,8 @@ def _gate_up() -> list:
 
 def _layernorm_reduction() -> list:
     """Leave out the sum, over tensor ranks that each hold a part of the sequence, of what they all hold whole."""
-    from megatron.core.distributed import finalize_model_grads as module
-
+    # Its package exports a function of the same name.
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
     original = module._allreduce_non_tensor_model_parallel_grads
     module._allreduce_non_tensor_model_parallel_grads = lambda *_args, **_kwargs: None
     return [(module, "_allreduce_non_tensor_model_parallel_grads", original)]

@@ -23,6 +23,14 @@ LAYOUTS = (
     "tp=2,cp=2,ep=2", "tp=2,pp=2,ep=2,dp=2", "tp=2,cp=2,pp=2,ep=4", "tp=2,pp=2,vpp=2,ep=2",
 )  # fmt: skip
 DENSE_LAYOUTS = tuple(layout for layout in LAYOUTS if "ep=" not in layout and "etp=" not in layout)
+# The family with the extra prediction layer goes through all; without it, where something else happens.
+MOE_LAYOUTS = (
+    "1", "tp=2", "tp=4", "pp=2", "pp=4", "pp=2,vpp=2", "pp=2,stages=1+3", "cp=2", "tp=2,pp=2", "ep=2,dp=2", "ep=4,dp=4",
+    "tp=2,etp=2", "cp=2,ep=2", "tp=2,ep=2,etp=2,dp=2", "pp=2,ep=2,dp=2", "tp=2,pp=2,ep=2", "tp=2,cp=2,ep=2",
+)  # fmt: skip
+_LAYOUTS_OF = {
+    "deepseek_v3": MOE_LAYOUTS, "deepseek_v3_mtp": LAYOUTS, "qwen2": DENSE_LAYOUTS, "llama": DENSE_LAYOUTS,
+}  # fmt: skip
 LEVERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("deepseek_v3_mtp", "tp=2,pp=2,ep=2", {"recompute": "full", "recompute_num_layers": 1}),
     ("deepseek_v3", "tp=2,cp=2", {"recompute": "full", "recompute_num_layers": 2}),
@@ -31,6 +39,8 @@ LEVERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("qwen2", "tp=2,cp=2", {"recompute": "selective", "recompute_modules": ("core_attn",)}),
     ("llama", "tp=2,pp=2", {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),
     ("llama", "pp=2", {"recompute": "full", "recompute_num_layers": 2}),
+    ("deepseek_v3", "tp=2,dp=2", {"overlap_grad_reduce": True}),
+    ("qwen2", "pp=2,dp=2", {"overlap_grad_reduce": True, "overlap_param_gather": True}),
 )
 HEADER = f"{'family':<16} {'layout':<26} {'log-prob':>9} {'gradient':>9} {'weights':>9} {'bias':>7}  worst gradient"
 
@@ -41,7 +51,7 @@ def plan(families: tuple[str, ...], layouts: list[str] | None, levers: str) -> l
 
     found = []
     for family in families if levers != "only" else ():
-        chosen = layouts or (LAYOUTS if family.startswith("deepseek") else DENSE_LAYOUTS)
+        chosen = layouts or _LAYOUTS_OF[family]
         found += [{"family": family, "layout": str(Layout.parse(layout)), "options": {}} for layout in chosen]
     if levers == "only" or (levers == "with" and layouts is None):
         found += [

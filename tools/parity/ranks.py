@@ -18,12 +18,13 @@ from r1mega.train.policy import MegatronPolicy
 
 
 def build(path: Path, world: Groups, case: Case, **options) -> MegatronPolicy:
-    """The policy of a checkpoint, not loaded yet; `options` are those of ModelOptions."""
+    """The policy of a checkpoint, not loaded yet. `options` are ModelOptions' and, `overlap_*`, AdamSettings'."""
+    overlap = {name: options.pop(name) for name in list(options) if name.startswith("overlap_")}
     chosen = ModelOptions(
         router_bias_update_rate=case.bias_update_rate, router_balance_coef=case.balance_coef, **options
     )
     beta1, beta2 = case.betas
-    adam = AdamSettings(lr=case.lr, beta1=beta1, beta2=beta2, weight_decay=0.0, clip_grad=case.clip_grad)
+    adam = AdamSettings(lr=case.lr, beta1=beta1, beta2=beta2, weight_decay=0.0, clip_grad=case.clip_grad, **overlap)
     return MegatronPolicy(hf_fields.read(path), world, chosen, adam)
 
 
