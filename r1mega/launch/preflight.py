@@ -8,7 +8,7 @@ from pathlib import Path
 from r1mega.config.check import check, longest_response
 from r1mega.config.checkpoint_files import read_json_object
 from r1mega.config.faults import ConfigError, Fault
-from r1mega.config.schema import Config, DataFormat, Loop
+from r1mega.config.schema import Config, DataFormat, Loop, Recompute
 from r1mega.data.jsonl import read_rows
 from r1mega.launch.late_checks import check_tensors, check_tokens
 from r1mega.models import fp8, hf_fields
@@ -58,6 +58,15 @@ def _faults_of(late_check: Check, config: Config) -> Sequence[Fault | str]:
         return [str(error)]
 
 
+def _check_recomputation(config: Config, layout: Layout, num_layers: int) -> list[Fault]:
+    memory, counts = config.memory, layout.chunk_layers(num_layers)
+    group = memory.recompute_num_layers
+    if memory.recompute is not Recompute.full or all(count % group == 0 for count in counts):
+        return []
+    constraint = f"must divide the layers of every chunk of the pipeline, {sorted(set(counts))}"
+    return [Fault("memory.recompute_num_layers", str(group), constraint, "set it to 1")]
+
+
 def _check_model(config: Config, sizes_are_sound: bool) -> list[Fault | str]:
     path = Path(config.model.hf) / "config.json"
     try:
@@ -70,6 +79,8 @@ def _check_model(config: Config, sizes_are_sound: bool) -> list[Fault | str]:
         return [f"model.hf: {line}" for line in str(error).splitlines()]
     layout = Layout.of(**config.parallel.sizes())
     faults: list[Fault | str] = list(layout.problems(fields.shape())) if sizes_are_sound else []
+    if not faults:
+        faults += _check_recomputation(config, layout, fields["num_hidden_layers"])
     if config.precision.fp8 and not faults:
         faults += fp8.problems(fields, layout)
     # Prompts count towards the model's positions too, but their true lengths are known only once they are tokenized.

@@ -21,6 +21,22 @@ def update_metrics(
         "train/entropy": sums["entropy"] / tokens,
         "train/grad_norm": grad_norm,
         "train/lr": lr,
+    } | expert_metrics(sums)
+
+
+def expert_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """How evenly tokens fell on the experts; empty for a dense model.
+
+    An expert's load is its tokens over its layer's mean: the largest of any layer, the mean of the layers' largest, and
+    the share of experts without a token.
+    """
+    layers = sums.get("expert_layers", 0.0)
+    if not layers:
+        return {}
+    return {
+        "moe/load_max": sums["expert_load_max"],
+        "moe/load_mean": sums["expert_load_sum"] / layers,
+        "moe/idle_experts": sums["experts_idle"] / layers,
     }
 
 

@@ -6,6 +6,7 @@ import torch
 
 from r1mega.config.schema import Config
 from r1mega.data.sft import SftExample
+from r1mega.loop.records import expert_metrics
 from r1mega.loop.wire import SftRun, wire_sft
 from r1mega.metrics.timer import as_metrics
 from r1mega.train.batch import MicroBatch, PackItem
@@ -57,4 +58,7 @@ def step(run: SftRun, items: list[PackItem]) -> dict[str, float]:
     plan = run.policy.plan(items, sft.max_tokens_per_micro_batch)
     sums = run.policy.forward_backward(items, plan, loss, mtp_weight=run.mtp_weight(num_tokens))
     grad_norm = run.policy.optimizer_step(lr)
-    return {"train/loss": sums["loss"], "train/grad_norm": grad_norm, "train/lr": lr}
+    metrics = {"train/loss": sums["loss"], "train/grad_norm": grad_norm, "train/lr": lr} | expert_metrics(sums)
+    if "mtp_loss" in sums:
+        metrics["train/mtp_loss"] = sums["mtp_loss"]
+    return metrics

@@ -55,6 +55,7 @@ _METRICS = (
     Metric("train/ratio_max", "largest ratio", "ratio", _significant),
     Metric("sync/logprob_gap_max", "log-prob gap, max", "gapmax", _significant),
     Metric("rollout/response_tokens_max", "longest response", "maxlen", _count),
+    Metric("moe/load_max", "largest expert load", "load", _fixed(2)),
     Metric("eval/response_tokens", "held-out tokens", "evallen", _fixed(1)),
 )
 CATALOG: Mapping[str, Metric] = {metric.name: metric for metric in _METRICS}

@@ -7,6 +7,7 @@ counts for nothing, and the balance loss joins a loss that is already divided.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,34 @@ class SequenceRouter(TopKRouter):
         share_TE = (fraction_SE / length_S1)[owner] * valid[:, None]
         loss = coefficient * packed.balance_weight * (share_TE * scores_for_aux_loss).sum()
         return MoEAuxLossAutoScaler.apply(probs, loss)
+
+
+@torch.no_grad()
+def expert_load(chunks: Sequence[torch.nn.Module], group: dist.ProcessGroup) -> dict[str, float]:
+    """How evenly the tokens since the last update fell on the experts of these models' layers. Collective over `group`,
+    the ranks of a pipeline stage.
+
+    The load of an expert is its tokens over the layer's mean. `expert_load_max` is the largest of all layers,
+    `expert_load_sum` the sum over the layers of their largest, `experts_idle` the share of experts without a token,
+    summed over the layers, and `expert_layers` their number.
+    """
+    routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, SequenceRouter)]
+    routers = [router for router in routers if router.enable_expert_bias]
+    if not routers:
+        return {}
+    tokens_LE = torch.stack([router.local_tokens_per_expert for router in routers])
+    if group.size() > 1:
+        dist.all_reduce(tokens_LE, group=group)
+    tokens_LE = tokens_LE[tokens_LE.sum(1) > 0]  # a layer that did not run, as a frozen prediction layer
+    if not len(tokens_LE):
+        return {}
+    largest_L = tokens_LE.amax(1) / tokens_LE.mean(1)
+    return {
+        "expert_load_max": float(largest_L.max()),
+        "expert_load_sum": float(largest_L.sum()),
+        "experts_idle": float((tokens_LE == 0).float().mean(1).sum()),
+        "expert_layers": float(len(tokens_LE)),
+    }
 
 
 class SequenceLayer(TransformerLayer):

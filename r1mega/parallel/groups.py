@@ -31,6 +31,7 @@ class Groups:
     ep: dist.ProcessGroup
     etp: dist.ProcessGroup
     expert_dp: dist.ProcessGroup
+    stage: dist.ProcessGroup  # all ranks of this pipeline stage: tp x cp x dp
     collection: object
     control: dist.ProcessGroup  # gloo over all ranks, for objects and flags even where tensors go by NCCL
 
@@ -41,6 +42,11 @@ class Groups:
     @property
     def is_last_stage(self) -> bool:
         return self.coordinate.pp == self.layout.pp - 1
+
+    @property
+    def speaks_for_stage(self) -> bool:
+        """Whether this rank reports what all ranks of its pipeline stage know alike."""
+        return self.coordinate.tp == 0 and self.coordinate.cp == 0 and self.coordinate.dp == 0
 
     @property
     def speaks_for_loss(self) -> bool:
@@ -108,6 +114,7 @@ def _groups(layout: Layout, rank: int, device: torch.device, control: dist.Proce
         ep=parallel_state.get_expert_model_parallel_group(),
         etp=parallel_state.get_expert_tensor_parallel_group(),
         expert_dp=parallel_state.get_expert_data_parallel_group(),
+        stage=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         collection=ProcessGroupCollection.use_mpu_process_groups(),
         control=control,
     )

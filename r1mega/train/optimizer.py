@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,13 @@ class AdamSettings:
     overlap_param_gather: bool = False
 
 
-def wrap(chunks: Sequence[torch.nn.Module], groups: Groups, settings: AdamSettings) -> list[DistributedDataParallel]:
-    """DDP whose gradients are fp32 sums, reduce-scattered to the ranks that hold each part of the optimizer's state."""
+def wrap(
+    chunks: Sequence[torch.nn.Module], groups: Groups, settings: AdamSettings, before_reduction: Callable[[], None]
+) -> list[DistributedDataParallel]:
+    """DDP whose gradients are fp32 sums, reduce-scattered to the ranks that hold each part of the optimizer's state.
+
+    `before_reduction` is called when the last backward pass of an update is done: Megatron forgets some counts then.
+    """
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
@@ -44,6 +49,7 @@ def wrap(chunks: Sequence[torch.nn.Module], groups: Groups, settings: AdamSettin
     ]
 
     def finalize(chunks: list[torch.nn.Module], _num_tokens: Any = None, **kwargs: Any) -> None:
+        before_reduction()
         # The loss is already divided by the global count: nothing is left to scale.
         finalize_model_grads(chunks, None, **kwargs)
 

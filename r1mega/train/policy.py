@@ -23,6 +23,7 @@ from r1mega.models import fp8
 from r1mega.models.build import build_chunks
 from r1mega.models.hf_config import ModelOptions
 from r1mega.models.hf_fields import HfFields
+from r1mega.models.router import expert_load
 from r1mega.models.shard import ShardedModel, TensorSource
 from r1mega.parallel.collectives import gather, spread_over, sum_once
 from r1mega.parallel.groups import Groups
@@ -47,13 +48,14 @@ class MegatronPolicy:
         self.temperature = temperature
         self.chunks = build_chunks(fields, groups, options)
         self.sharded = ShardedModel(self.chunks, fields, groups, options.layer_spec)
-        self._wrapped = wrap(self.chunks, groups, adam)
+        self._wrapped = wrap(self.chunks, groups, adam, self._note_expert_load)
         self._adam = adam
         self.optimizer: MegatronOptimizer | None = None  # from `load` on
         self.trains_trunk_further = True  # whether the loss two tokens ahead also reaches the model below
         self.logprob_chunk_tokens = 1024  # tokens whose logits are held at once
         self._mtp_weight = 0.0
         self._align = fp8.TOKENS if options.fp8 else 1
+        self._expert_load: dict[str, float] = {}
         self._offload: Offload | None = None
         self._copies: dict[str, list[torch.Tensor]] = {}
         self._forward_backward = get_forward_backward_func()
@@ -291,16 +293,21 @@ class MegatronPolicy:
             vocab_size=self.fields["vocab_size"],
         )
 
+    def _note_expert_load(self) -> None:
+        self._expert_load = expert_load(self.chunks, self.groups.stage)
+
     def _reduce(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sums and maxima of the reports over micro-batches and the data-parallel ranks of the last stage,
         everywhere."""
         total: dict[str, float] = {}
+        if self.groups.speaks_for_stage and self._expert_load:
+            total |= self._expert_load
         if self.groups.speaks_for_loss:
             merged = merge_metrics(reports)
             if merged:
                 # One wait for the device, however many numbers there are.
                 values = torch.stack([value.float() for value in merged.values()]).tolist()
-                total = dict(zip(merged, values, strict=True))
+                total |= dict(zip(merged, values, strict=True))
         reduced: dict[str, float] = {}
         for part in gather(total, self.groups.control):
             _merge(reduced, part)
