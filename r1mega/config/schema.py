@@ -41,7 +41,7 @@ class RunConfig:
     seed: int = 0
     """Seed of initialisation, data order and sampling."""
     timeout_minutes: float = 10.0
-    """A collective that waits longer than this ends the run (ours)."""
+    """A collective that waits longer than this, or a checkpoint that takes longer to write, ends the run (ours)."""
     resume: bool = False
     """Go on from the latest checkpoint in run.dir; from the beginning where there is none yet."""
     resume_from: str | None = None

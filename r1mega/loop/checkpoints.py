@@ -8,7 +8,10 @@ update-000012/manifest.json  every file with its digest; written last (train.che
 
 from __future__ import annotations
 
+import faulthandler
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -82,7 +85,8 @@ class Checkpoints:
         control, rank = self._groups.control, self._groups.rank
         path = Path(share(self._begin(state, data, log) if rank == 0 else None, control))
         torch.save(_random_states(), path / "rng" / f"rank-{rank:05d}.pt")
-        request = self._policy.save(path / "model", asynchronous=self._queue is not None)
+        with _watched(self._config.run.timeout_minutes):
+            request = self._policy.save(path / "model", asynchronous=self._queue is not None)
         update, facts = state.update, self._facts(state, log)
         if self._queue is None or request is None:
             self._commit(update, facts)
@@ -127,6 +131,19 @@ class Checkpoints:
         if self._groups.rank == 0:
             self._store.commit(update, facts)
         dist.barrier(group=self._groups.control)
+
+
+@contextmanager
+def _watched(minutes: float) -> Iterator[None]:
+    """End this process, with a traceback in its log, when the block takes longer.
+
+    Megatron's writers are processes of their own, and where one of them dies it waits for ever.
+    """
+    faulthandler.dump_traceback_later(60 * minutes, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def restore(

@@ -69,6 +69,28 @@ def test_two_rounds_of_rl(checkpoint, questions, tmp_path, family, layout):
     assert AutoTokenizer.from_pretrained(run_dir / "hf").eos_token == "</s>"
 
 
+@pytest.mark.parametrize("mtp", ["freeze", "train", "drop"])
+def test_the_layer_that_predicts_further(checkpoint, questions, tmp_path, mtp):
+    from safetensors.torch import load_file
+
+    source, run_dir = checkpoint("deepseek_v3", mtp=True), tmp_path / "run"
+    result = train(*rl_overrides(source, questions, run_dir), f"model.mtp={mtp}", "algo.kl_coef=1")
+    assert result.returncode == 0, result.stderr
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, run_dir / "hf"))
+    layer = {name for name in before if name.startswith("model.layers.4.")}
+    promised = json.loads((run_dir / "hf" / "config.json").read_text())["num_nextn_predict_layers"]
+    if mtp == "drop":
+        assert (after.keys(), promised) == (before.keys() - layer, 0)
+        return
+    assert (after.keys(), promised) == (before.keys(), 1)
+    shared = {"model.layers.4.embed_tokens.weight": "model.embed_tokens.weight"}
+    shared["model.layers.4.shared_head.head.weight"] = "lm_head.weight"
+    assert all((after[name] == after[twin]).all() for name, twin in shared.items())
+    own = [name for name in layer - shared.keys() if not name.endswith("e_score_correction_bias")]
+    moved = {name for name in own if not (after[name] == before[name]).all()}
+    assert moved == (set(own) if mtp == "train" else set())
+
+
 @pytest.mark.parametrize("updates_per_round", [1, 2])
 def test_a_skipped_publish_is_caught(checkpoint, questions, tmp_path, updates_per_round):
     """Publish everything but the second time, and let the version lie: the engine's log-probs give it away."""
