@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 from r1mega.config import io
+from r1mega.config.decisive import decisive, digest
 from r1mega.config.faults import ConfigError, Fault
-from r1mega.config.schema import Config, Loop, Schedule, Verify
+from r1mega.config.schema import Config, Verify
 from r1mega.launch import rundir
-
-# Sections and fields that decide what is computed. All others (layout, logs, checkpoints ...) may differ on resuming.
-_DECISIVE = ("stage", "model", "precision", "reward", "algo", "sft", "optim")
-_DECISIVE_FIELDS = {
-    "run": ("seed",),
-    "data": ("train", "format", "question_key", "answer_key", "template", "max_prompt_tokens", "shuffle"),
-    "rollout": ("temperature", "top_p", "max_tokens", "stop"),
-}
 
 
 def prepare(config: Config) -> None:
@@ -42,6 +34,9 @@ def prepare(config: Config) -> None:
         saved = checkpoints.read_state(path) if path is not None else {"log": {}, "state": {"round": 0}}
     except (ValueError, OSError) as error:
         raise ConfigError([str(error)]) from error
+    if path is not None and saved["config"] != digest(config) and not run.allow_changes:
+        constraint = "is of a run with other settings (its config.yaml says which)"
+        raise ConfigError([Fault("run.resume_from", str(path), constraint, _REMEDY)])
     run.resume_from = None if path is None else str(path)
     if started is not None:
         runlog.rewind(run.dir, saved["log"])
@@ -50,20 +45,14 @@ def prepare(config: Config) -> None:
 
 def _require_same(before: Config, now: Config) -> None:
     """Raises ConfigError naming every decisive field that differs."""
-    names = {section: tuple(f.name for f in fields(getattr(now, section))) for section in _DECISIVE}
-    faults = []
-    for section, listed in (names | _DECISIVE_FIELDS).items():
-        for name in listed:
-            old, new = (getattr(getattr(config, section), name) for config in (before, now))
-            if old != new and not _may_grow(now, section, name):
-                constraint = f"the run was started with {old}"
-                remedy = "set it back, start a new run, or set run.allow_changes=true"
-                faults.append(Fault(f"{section}.{name}", str(new), constraint, remedy))
+    old, new = decisive(before), decisive(now)
+    faults = [
+        Fault(path, str(new[path]), f"the run was started with {old[path]}", _REMEDY)
+        for path in new
+        if path in old and new[path] != old[path]
+    ]
     if faults:
         raise ConfigError(faults)
 
 
-def _may_grow(now: Config, section: str, name: str) -> bool:
-    """A run may be made longer where its learning rate does not depend on its length."""
-    mine = "sft" if now.stage.loop is Loop.sft else "algo"
-    return name == "updates" and (section != mine or now.optim.schedule is Schedule.constant)
+_REMEDY = "set it back, start a new run, or set run.allow_changes=true"

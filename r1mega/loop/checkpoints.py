@@ -2,7 +2,7 @@
 
 update-000012/model/         weights, optimizer, reference (Megatron's distributed checkpoint, any layout loads it)
 update-000012/rng/           the random states of each rank, for the same layout alone
-update-000012/state.json     clocks, data cursor, where the logs stood, layout
+update-000012/state.json     clocks, data cursor, where the logs stood, layout, digest of what decides the run
 update-000012/manifest.json  every file with its digest; written last (train.checkpoint_store)
 """
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
+from r1mega.config.decisive import digest
 from r1mega.config.schema import Config
 from r1mega.loop.state import RunState
 from r1mega.parallel.collectives import share
@@ -113,6 +114,7 @@ class Checkpoints:
             "data": data.state_dict(),
             "log": log.position(),
             "layout": str(self._groups.layout),
+            "config": digest(self._config),
             "pending": [],  # samples of a rollout not trained on yet: none, a checkpoint is taken between rounds
         }
         (path / STATE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

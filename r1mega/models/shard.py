@@ -6,7 +6,7 @@ every owner broadcasts its shards of a bucket in one message, and whoever wants 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -91,7 +91,7 @@ class ShardedModel:
         """
         values = {(id(slot), shard): parameter for slot, shard, parameter in self.local}
         for bucket in self._buckets(bucket_bytes):
-            shards = self._exchange(bucket, values)
+            shards = self._exchange(bucket, values, self._dtype_of)
             if not wanted:
                 continue
             for slot in bucket:
@@ -103,9 +103,13 @@ class ShardedModel:
 
     def gather_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Like `gather`, of the gradients. `parameter.full_grad` must have been set to the whole reduced gradient."""
-        values = {(id(slot), shard): getattr(p, "full_grad", torch.zeros_like(p)) for slot, shard, p in self.local}
+        values = {
+            (id(slot), shard): getattr(p, "full_grad", torch.zeros_like(p, dtype=torch.float32))
+            for slot, shard, p in self.local
+        }
         for bucket in self._buckets(1 << 28):
-            shards = self._exchange(bucket, values)
+            # Summed in fp32 whatever the parameters are held in.
+            shards = self._exchange(bucket, values, lambda _slot: torch.float32)
             for slot in bucket:
                 if slot.fp32:
                     continue  # gate biases have no gradient
@@ -137,7 +141,10 @@ class ShardedModel:
 
     @torch.no_grad()
     def _exchange(
-        self, bucket: list[Slot], values: dict[tuple[int, int], torch.Tensor]
+        self,
+        bucket: list[Slot],
+        values: dict[tuple[int, int], torch.Tensor],
+        dtype_of: Callable[[Slot], torch.dtype],
     ) -> dict[tuple[int, int], torch.Tensor]:
         """Every shard of the bucket's slots, on every rank, each owner's in one broadcast of bytes."""
         by_owner: dict[int, list[tuple[Slot, int]]] = {}
@@ -148,7 +155,7 @@ class ShardedModel:
         result = {}
         for owner in sorted(by_owner):
             pieces = by_owner[owner]
-            sizes = [shapes[id(slot)].numel() * self._dtype_of(slot).itemsize for slot, _ in pieces]
+            sizes = [shapes[id(slot)].numel() * dtype_of(slot).itemsize for slot, _ in pieces]
             if owner == self._groups.rank:
                 parts = [
                     values[id(slot), shard].detach().contiguous().view(-1).view(torch.uint8) for slot, shard in pieces
@@ -159,7 +166,7 @@ class ShardedModel:
             if self._groups.layout.world_size > 1:
                 dist.broadcast(flat, src=owner)
             for (slot, shard), part in zip(pieces, flat.split(sizes), strict=True):
-                dtype = self._dtype_of(slot)
+                dtype = dtype_of(slot)
                 # A split of the byte buffer may not be aligned to its dtype.
                 aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
                 result[id(slot), shard] = aligned.view(dtype).view(shapes[id(slot)])

@@ -13,6 +13,8 @@ from parity.case import Case, random_case
 MAX_LOGPROB_DIFF = 1e-4
 MAX_GRADIENT_DIFF = 1e-3
 MAX_WEIGHT_DIFF = 1e-3
+# Eight bits of mantissa in parameters and activations; 2.5e-2, 2.2e-2 and 3.6e-3 were seen.
+BF16_SLACK = {"max_abs_diff": 0.1, "max_rel_grad_diff": 0.1, "max_rel_weight_diff": 0.01}
 MAX_BIAS_DIFF = 1e-6  # a bias moves by whole steps: a token counted wrongly would show as at least one
 
 FAMILIES = ("deepseek_v3", "deepseek_v3_mtp", "qwen2", "llama")
@@ -40,6 +42,9 @@ LEVERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("llama", "tp=2,pp=2", {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),
     ("llama", "pp=2", {"recompute": "full", "recompute_num_layers": 2}),
     ("deepseek_v3", "tp=2,dp=2", {"overlap_grad_reduce": True}),
+    ("deepseek_v3_mtp", "tp=2,ep=2", {"logprob_chunk_tokens": 7}),
+    # Not of experts: where two of them score alike, rounding picks either, and the outputs differ as they please.
+    ("llama", "tp=2", {"params_dtype": "bfloat16"}),
     ("qwen2", "pp=2,dp=2", {"overlap_grad_reduce": True, "overlap_param_gather": True}),
 )
 HEADER = f"{'family':<16} {'layout':<26} {'log-prob':>9} {'gradient':>9} {'weights':>9} {'bias':>7}  worst gradient"
@@ -106,12 +111,14 @@ def refusals(cell: dict, shapes: dict[str, Any]) -> list[str]:
 
 def is_green(cell: dict) -> bool:
     """Whether all differences of a compared cell are within the tolerances."""
-    return (
-        cell["max_abs_diff"] <= MAX_LOGPROB_DIFF
-        and cell["max_rel_grad_diff"] <= MAX_GRADIENT_DIFF
-        and cell["max_rel_weight_diff"] <= MAX_WEIGHT_DIFF
-        and cell["max_bias_diff"] <= MAX_BIAS_DIFF
-    )
+    limits = {
+        "max_abs_diff": MAX_LOGPROB_DIFF,
+        "max_rel_grad_diff": MAX_GRADIENT_DIFF,
+        "max_rel_weight_diff": MAX_WEIGHT_DIFF,
+    }
+    if cell["options"].get("params_dtype") == "bfloat16":
+        limits = BF16_SLACK
+    return cell["max_bias_diff"] <= MAX_BIAS_DIFF and all(cell[name] <= limit for name, limit in limits.items())
 
 
 def title(cell: dict) -> str:

@@ -18,14 +18,18 @@ from r1mega.train.policy import MegatronPolicy
 
 
 def build(path: Path, world: Groups, case: Case, **options) -> MegatronPolicy:
-    """The policy of a checkpoint, not loaded yet. `options` are ModelOptions' and, `overlap_*`, AdamSettings'."""
+    """The policy of a checkpoint, not loaded yet. `options` are those of ModelOptions and a few others'."""
+    options["params_dtype"] = getattr(torch, options.pop("params_dtype", "float32"))
+    chunk_tokens = options.pop("logprob_chunk_tokens", None)
     overlap = {name: options.pop(name) for name in list(options) if name.startswith("overlap_")}
     chosen = ModelOptions(
         router_bias_update_rate=case.bias_update_rate, router_balance_coef=case.balance_coef, **options
     )
     beta1, beta2 = case.betas
     adam = AdamSettings(lr=case.lr, beta1=beta1, beta2=beta2, weight_decay=0.0, clip_grad=case.clip_grad, **overlap)
-    return MegatronPolicy(hf_fields.read(path), world, chosen, adam)
+    policy = MegatronPolicy(hf_fields.read(path), world, chosen, adam)
+    policy.logprob_chunk_tokens = chunk_tokens or policy.logprob_chunk_tokens
+    return policy
 
 
 def answer(policy: MegatronPolicy, path: Path, case: Case, *, chunk_tokens: int) -> dict:

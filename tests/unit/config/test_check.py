@@ -80,6 +80,51 @@ def test_all_faults_are_reported_together(good: Config) -> None:
     ("values", "message"),
     [
         (
+            {"parallel__dispatcher": schema.Dispatcher.flex},
+            "parallel.dispatcher: got flex; needs a GPU (device=cuda); take parallel.dispatcher back to its default",
+        ),
+        (
+            {"precision__moments": schema.ParamDtype.bf16},
+            "precision.moments: got bf16; needs a GPU (device=cuda); take precision.moments back to its default",
+        ),
+        (
+            {"device__fuse_weight_gradients": True},
+            "device.fuse_weight_gradients: got true; needs a GPU (device=cuda); "
+            "take device.fuse_weight_gradients back to its default",
+        ),
+        (
+            {"parallel__overlap_param_gather": True},
+            "parallel.overlap_param_gather: got true; parameters are gathered by the buckets gradients are reduced in; "
+            "set parallel.overlap_grad_reduce=true",
+        ),
+        (
+            {"memory__recompute": schema.Recompute.selective, "memory__recompute_modules": ["layernorm"]},
+            "memory.recompute_modules: got layernorm; must be among core_attn, mlp, moe, shared_experts with "
+            "device.layer_spec=torch; take it out of the list",
+        ),
+        (
+            {
+                "memory__recompute": schema.Recompute.selective,
+                "memory__recompute_modules": ["moe"],
+                "model__router_balance_coef": 0.1,
+            },
+            "memory.recompute_modules: got moe; the router counts tokens by sequence, which it cannot while its module "
+            "is recomputed alone; recompute whole layers (memory.recompute=full), or freeze the router's balance",
+        ),
+        (
+            {
+                "memory__recompute": schema.Recompute.full,
+                "memory__recompute_num_layers": 2,
+                "model__mtp": schema.Mtp.train,
+            },
+            "memory.recompute_num_layers: got 2; the multi-token-prediction layer is one layer, and is trained here; "
+            "set it to 1",
+        ),
+        (
+            {"checkpoint__keep_best": 1, "data__eval": None},
+            "checkpoint.keep_best: got 1; eval/pass_at_1 needs an evaluation; set data.eval or keep_best=0",
+        ),
+        (
             {"rollout__engine": schema.EngineKind.sglang},
             "rollout.engine: got sglang; is not available in this version; use rollout.engine=embedded",
         ),

@@ -1,0 +1,49 @@
+"""The fields that decide what a run computes: two runs that agree in them are the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+from r1mega.config.schema import Config, Loop, Schedule
+
+# Whole sections, and fields of others. All else (layout, logs, checkpoints, evaluation ...) may change on resuming.
+_SECTIONS = ("stage", "model", "precision", "reward", "algo", "sft", "optim")
+_FIELDS = {
+    "run": ("seed",),
+    "data": ("train", "format", "question_key", "answer_key", "template", "max_prompt_tokens", "shuffle"),
+    "rollout": ("temperature", "top_p", "max_tokens", "stop"),
+}
+# Within those sections: numbers that change no result but where rounding does.
+_INDIFFERENT = {"algo.max_tokens_per_micro_batch", "sft.max_tokens_per_micro_batch"}
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """Every decisive field by its dotted path, as plain values.
+
+    A run may be made longer, where its learning rate does not depend on its length.
+    """
+    listed = {section: tuple(field.name for field in fields(getattr(config, section))) for section in _SECTIONS}
+    mine = "sft" if config.stage.loop is Loop.sft else "algo"
+    may_grow = {"sft.updates", "algo.updates"}
+    if config.optim.schedule is not Schedule.constant:
+        may_grow -= {f"{mine}.updates"}
+    values = {
+        f"{section}.{name}": getattr(getattr(config, section), name)
+        for section, names in (listed | _FIELDS).items()
+        for name in names
+    }
+    return {
+        path: value.value if isinstance(value, Enum) else value
+        for path, value in values.items()
+        if path not in may_grow | _INDIFFERENT
+    }
+
+
+def digest(config: Config) -> str:
+    """A digest of the decisive fields, for a checkpoint to name the run it is of."""
+    text = json.dumps(decisive(config), sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

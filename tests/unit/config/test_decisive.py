@@ -1,0 +1,70 @@
+"""What makes two runs the same run."""
+
+from __future__ import annotations
+
+import pytest
+
+from r1mega.config.decisive import decisive, digest
+from r1mega.config.schema import Config, DataFormat, EngineKind, Init, Loop, ParamDtype, Schedule
+
+
+@pytest.fixture
+def config() -> Config:
+    made = Config()
+    made.run.dir, made.model.hf, made.data.train = "runs/a", "model", "train.jsonl"
+    made.stage.loop, made.model.init, made.precision.params = Loop.rl, Init.load, ParamDtype.fp32
+    made.data.format, made.rollout.engine = DataFormat.qa, EngineKind.embedded
+    return made
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("run.dir", "runs/b"),
+        ("parallel.tp", 2),
+        ("checkpoint.every", 7),
+        ("logger.wandb", True),
+        ("evaluate.every", 3),
+        ("memory.offload", True),
+        ("algo.max_tokens_per_micro_batch", 5),
+        ("algo.updates", 7),
+        ("sft.updates", 7),
+    ],
+)
+def test_what_may_change(config: Config, path: str, value: object) -> None:
+    before = digest(config)
+    section, name = path.split(".")
+    setattr(getattr(config, section), name, value)
+    assert digest(config) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("run.seed", 1),
+        ("model.hf", "other"),
+        ("data.train", "other.jsonl"),
+        ("rollout.temperature", 0.5),
+        ("rollout.stop", ["x"]),
+        ("algo.kl_coef", 0.5),
+        ("optim.lr", 1.0),
+        ("reward.format", 0.0),
+        ("precision.params", ParamDtype.bf16),
+    ],
+)
+def test_what_may_not(config: Config, path: str, value: object) -> None:
+    before, old = digest(config), decisive(config)
+    section, name = path.split(".")
+    setattr(getattr(config, section), name, value)
+    assert digest(config) != before
+    assert [key for key, now in decisive(config).items() if old[key] != now] == [path]
+
+
+def test_a_learning_rate_that_depends_on_the_length_fixes_it(config: Config) -> None:
+    config.optim.schedule = Schedule.cosine
+    before = digest(config)
+    config.algo.updates += 1
+    assert digest(config) != before
+    config.algo.updates -= 1
+    config.sft.updates += 1
+    assert digest(config) == before, "the other loop's length has no part in it"
