@@ -135,7 +135,7 @@ class DeviceConfig:
 @dataclass
 class MemoryConfig:
     offload: bool = False
-    """Keep gradients and optimizer state in host memory while the engine generates."""
+    """Keep weights, gradients and optimizer state in host memory while the engine generates."""
     recompute: Recompute = Recompute.none
     """Activations computed again in the backward pass: none, those of some modules, or whole layers."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])

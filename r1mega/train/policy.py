@@ -73,7 +73,6 @@ class MegatronPolicy:
     def save(self, path: Path, *, asynchronous: bool = False) -> AsyncRequest | None:
         """Write weights, optimizer and kept copies into an empty directory; see `train.checkpoint.save`."""
         self.settle()
-        self.take_back()
         return checkpoint.save(self, path, asynchronous=asynchronous)
 
     def plan(self, sequences: Sequence[PackItem], max_tokens: int) -> Plan:
@@ -156,7 +155,7 @@ class MegatronPolicy:
         yield from self.sharded.gather_gradients()
 
     def hand_over(self) -> int:
-        """Leave the accelerator's memory to the engine: gradients and optimizer state go to host memory.
+        """Leave the accelerator's memory to the engine: weights, gradients and optimizer state go to host memory.
 
         Returns the bytes freed. They come back by themselves when they are needed (`take_back`).
         """
@@ -170,7 +169,9 @@ class MegatronPolicy:
             self._offload.move_back()
 
     def settle(self) -> None:
-        """Gather the parameters that the last optimizer step left to the next forward pass, before they are read."""
+        """Have the weights here and up to date before they are read: back from host memory, and gathered where the last
+        optimizer step left that to the next forward pass."""
+        self.take_back()
         if self._adam.overlap_param_gather:
             for wrapped in self._wrapped:
                 wrapped.disable_forward_pre_hook(param_sync=True)
@@ -225,6 +226,7 @@ class MegatronPolicy:
                 parameter.data = data
 
     def _run(self, sequences: Sequence[PackItem], plan: Plan, loss: Loss, *, forward_only: bool) -> list[dict]:
+        self.take_back()
         layout, at = self.groups.layout, self.groups.coordinate
         samples = plan.chunks[at.dp]
         cut = Cut(layout.tp, layout.cp, at.cp, self.groups.cp, self._align)
