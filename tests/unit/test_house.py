@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import configparser
 import re
+import subprocess
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,30 @@ def test_every_option_file_is_installed() -> None:
     globs = [part.strip() for part in patterns["options.package_data"]["r1mega.conf"].split(",")]
     shipped = {path for pattern in globs for path in (REPO / "conf").glob(pattern)}
     assert shipped == {path for path in (REPO / "conf").rglob("*.yaml")}
+
+
+def test_no_source_is_left_out_of_the_repository() -> None:
+    """An ignore pattern such as `dist/` takes a whole folder of tests out of it in silence."""
+    folders = ("r1mega", "conf", "tools", "tests", "benchmarks", "docs")
+    asked = subprocess.run(
+        ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "--", *folders],
+        cwd=REPO, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    if asked.returncode != 0:
+        pytest.skip(f"not a git checkout: {asked.stderr.strip()}")
+    left_out = [line for line in asked.stdout.splitlines() if "__pycache__" not in line and ".egg-info" not in line]
+    assert left_out == []
+
+
+def test_every_folder_of_tests_is_collected() -> None:
+    """pytest's own list of folders to pass over holds `dist` and `build`."""
+    setup = configparser.ConfigParser()
+    setup.read(REPO / "setup.cfg")
+    passed_over = setup["tool:pytest"]["norecursedirs"].split()
+    folders = {path.parent for path in (REPO / "tests").rglob("test_*.py")}
+    assert (REPO / "tests" / "dist") in folders
+    names = {part for folder in folders for part in folder.relative_to(REPO).parts}
+    assert not [name for name in names if any(fnmatch(name, pattern) for pattern in passed_over)]
 
 
 def test_only_one_version_of_torch_is_named() -> None:
