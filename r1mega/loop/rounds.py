@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from r1mega.types import FinishReason, Prompt, Sample, SampleGroup, Score
 
 FOLDER = "rounds"
+_TENSORS = ("lengths", "token_ids", "rollout_logprobs")
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def read(run_dir: Path | str, number: int) -> RoundRecord:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["record"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); choose another round") from error
     lengths = tensors["lengths"].tolist()
     tokens = iter(tensors["token_ids"].split(lengths))

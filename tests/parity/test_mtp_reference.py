@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.modeling_layers import MtpModel
 
 from parity.mtp_reference import EMBEDDING, HEAD, INDEX, MTP_SHARD, SINGLE, MtpReference, add_mtp_tensors
 
@@ -167,12 +168,9 @@ def test_distribution_equals_the_draft_module_of_transformers(reference: MtpRefe
 
     It numbers the positions from 1, the place of the embedded token: the attention sees differences only.
     """
-    modeling_layers = pytest.importorskip("transformers.modeling_layers")
-    if not hasattr(modeling_layers, "MtpModel"):
-        pytest.skip("this release of transformers has no MtpModel")
     main = reference.model
     main._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{LAYERS}\."]  # the class names layer 61 only
-    draft = modeling_layers.MtpModel.from_pretrained(main)
+    draft = MtpModel.from_pretrained(main)
     ids = torch.tensor([TOKENS])
     hidden = main.model(input_ids=ids).last_hidden_state
     positions = torch.arange(1, len(TOKENS))[None]
