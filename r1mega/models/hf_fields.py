@@ -58,7 +58,13 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "rope_interleave": (True,),
     "quantization_config": (None,),
 }
-_REMEDY = {"quantization_config": "convert the checkpoint to bf16 first"}
+_REMEDY = {
+    "quantization_config": "convert it: python tools/convert_checkpoint.py hf-to-hf --hf DIR --out DIR --dtype bf16"
+}
+# What DeepSeek's FP8 checkpoints say of themselves; how activations are quantised is the engine's affair.
+FP8_CONFIG = {
+    "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+}  # fmt: skip
 _ROPE_KEYS = {
     "default": set(),
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
@@ -78,6 +84,8 @@ class HfFields:
     rope: dict[str, Any]
     num_mtp_layers: int = 0
     """Multi-token-prediction layers: 0 or 1."""
+    is_fp8: bool = False
+    """Whether the checkpoint holds the weights of its linear layers in FP8 blocks."""
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -111,8 +119,10 @@ class HfFields:
         )
 
 
-def read(checkpoint_dir: str | Path, *, drop_mtp: bool = False) -> HfFields:
+def read(checkpoint_dir: str | Path, *, drop_mtp: bool = False, allow_fp8: bool = False) -> HfFields:
     """Read and validate CHECKPOINT_DIR/config.json. With `drop_mtp` the model ends before its extra prediction layer.
+
+    A checkpoint in FP8 blocks is refused unless `allow_fp8`: it is converted, not trained.
 
     Raises:
         ValueError: all that is wrong with it in one message: unreadable, an unknown family, a missing field, a field or
@@ -127,7 +137,7 @@ def read(checkpoint_dir: str | Path, *, drop_mtp: bool = False) -> HfFields:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); restore the file from its source") from None
-    fields = parse(raw, path)
+    fields = parse(raw, path, allow_fp8=allow_fp8)
     return fields if drop_mtp else replace(fields, num_mtp_layers=_num_mtp_layers(fields))
 
 
@@ -156,9 +166,13 @@ def layer_of(name: str) -> int:
     return int(parts[2]) if name.startswith("model.layers.") and parts[2].isdigit() else -1
 
 
-def parse(raw: dict[str, Any], path: Path = Path("config.json")) -> HfFields:
+def parse(raw: dict[str, Any], path: Path = Path("config.json"), *, allow_fp8: bool = False) -> HfFields:
     """Validate the fields of a config.json that was already read. Raises ValueError (see `read`)."""
     family = raw.get("model_type")
+    quantization = raw.get("quantization_config")
+    is_fp8 = allow_fp8 and quantization is not None
+    if is_fp8:
+        raw = {name: value for name, value in raw.items() if name != "quantization_config"}
     if family not in FAMILIES:
         raise ValueError(
             f"{path}: model_type: got {family!r}; must be one of {', '.join(FAMILIES)}; no other family is built"
@@ -173,11 +187,12 @@ def parse(raw: dict[str, Any], path: Path = Path("config.json")) -> HfFields:
     values |= {name: value for name, value in raw.items() if value is not None or name == "q_lora_rank"}
     rope, found = _rope(raw, family)
     found += _field_problems(raw, values, family)
+    found += _fp8_problems(quantization) if is_fp8 else []
     if not found and family == "deepseek_v3":
         found += _router_problems(values)
     if found:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in found))
-    return HfFields(path=path, family=family, values=values, rope=rope)
+    return HfFields(path=path, family=family, values=values, rope=rope, is_fp8=is_fp8)
 
 
 def _field_problems(raw: dict[str, Any], values: dict[str, Any], family: str) -> list[str]:
@@ -214,6 +229,15 @@ def _field_problems(raw: dict[str, Any], values: dict[str, Any], family: str) ->
                 "remove it from a copy of config.json if it does not change the model"
             )
     return found
+
+
+def _fp8_problems(quantization: Any) -> list[str]:
+    got = quantization if isinstance(quantization, dict) else {}
+    return [
+        f"quantization_config.{name}: got {got.get(name)!r}; must be {value!r}; no other quantisation can be read"
+        for name, value in FP8_CONFIG.items()
+        if name != "activation_scheme" and got.get(name) != value
+    ]
 
 
 def _router_problems(v: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from r1mega.models.hf_fields import HfFields
 from r1mega.models.param_map import HfTensor
 
 _CONFIGS = ("config.json", "generation_config.json")
-_TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json",
@@ -172,8 +172,8 @@ class CheckpointWriter:
             weight_map = {tensor: name for name, held in zip(names, self._names, strict=True) for tensor in held}
             index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
             (self._part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-        for name in (*_CONFIGS, *_TOKENIZER):
-            source = self._tokenizer if name in _TOKENIZER else self._source
+        for name in (*_CONFIGS, *TOKENIZER_FILES):
+            source = self._tokenizer if name in TOKENIZER_FILES else self._source
             if (source / name).exists():
                 shutil.copyfile(source / name, self._part / name)
         if self._config_changes:

@@ -160,8 +160,20 @@ def _layer(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=_experts() if is_moe else ModuleSpec(module=MLP, submodules=_linears()),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_names_in_checkpoints(config, is_moe=is_moe),
         ),
     )
+
+
+def _names_in_checkpoints(config: TransformerConfig, *, is_moe: bool) -> dict[str, str]:
+    """What Transformer Engine's modules store these norms as, so that either spec loads what the other saved."""
+    names = {} if is_moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if config.multi_latent_attention:
+        return names | {
+            "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+            "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+        }
+    return names | {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
 def _route_by_sequence(layer: ModuleSpec) -> None:

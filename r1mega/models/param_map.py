@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,13 @@ from r1mega.parallel.layout import Layout
 
 
 class Op(Protocol):
-    """One way Hugging Face tensors and the shards of a Megatron tensor correspond."""
+    """One way Hugging Face tensors and the shards of a Megatron tensor correspond.
+
+    `stored_apart` says how Megatron's checkpoints store the whole tensor: as one box, or as one box of rows for each
+    Hugging Face tensor, in their order, each as it is.
+    """
+
+    stored_apart: ClassVar[bool]
 
     def to_megatron(self, tensors: Sequence[torch.Tensor], index: int, size: int) -> torch.Tensor:
         """Shard `index` of `size`."""
@@ -30,6 +36,8 @@ class Op(Protocol):
 @dataclass(frozen=True)
 class Whole:
     """The same tensor on every rank."""
+
+    stored_apart: ClassVar[bool] = False
 
     def to_megatron(self, tensors: Sequence[torch.Tensor], index: int, size: int) -> torch.Tensor:
         return tensors[0]
@@ -43,6 +51,8 @@ class Cut:
     """One tensor in equal contiguous parts along `dim`: 0 for a column-parallel weight [out, in], 1 for
     row-parallel."""
 
+    stored_apart: ClassVar[bool] = False
+
     dim: int
 
     def to_megatron(self, tensors: Sequence[torch.Tensor], index: int, size: int) -> torch.Tensor:
@@ -55,6 +65,8 @@ class Cut:
 @dataclass(frozen=True)
 class Vocabulary:
     """A table of `vocab_size` rows, zero-padded until the ranks divide it, then cut by rows."""
+
+    stored_apart: ClassVar[bool] = False
 
     vocab_size: int
 
@@ -71,6 +83,8 @@ class Vocabulary:
 class GateUp:
     """gate [ffn, in] and up [ffn, in] -> fc1: on each rank its part of the gate above its part of up."""
 
+    stored_apart: ClassVar[bool] = True
+
     def to_megatron(self, tensors: Sequence[torch.Tensor], index: int, size: int) -> torch.Tensor:
         gate, up = tensors
         return torch.cat([gate.chunk(size)[index], up.chunk(size)[index]])
@@ -86,6 +100,8 @@ class QKV:
 
     Each group holds its query heads, then its key head, then its value head; ranks take whole groups.
     """
+
+    stored_apart: ClassVar[bool] = False
 
     num_heads: int
     num_groups: int
@@ -104,11 +120,16 @@ class QKV:
 
 @dataclass(frozen=True)
 class HfTensor:
-    """A tensor of a Hugging Face checkpoint: its name and shape. `kind` says how it is initialised from nothing."""
+    """A tensor of a Hugging Face checkpoint: its name and shape.
+
+    `kind` says how it is initialised from nothing; `fp8`, whether a checkpoint in FP8 holds it in FP8 blocks (the
+    weights of linear layers, but not the router's, the embedding's and the output's: V3 section 3.3).
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: str = "weight"  # "weight" normal(0, initializer_range), "norm" ones, "zero" zeros
+    fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,10 +218,13 @@ class Placement:
             local = slot.expert % (self.num_experts // self.layout.ep)
             name = name.replace(f"local_experts.{slot.expert}.", f"local_experts.{local}.", 1)
         if layer_spec == "te":
-            layer = self.num_layers if slot.layer is None else slot.layer  # the MTP layer comes after the others
-            is_moe_layer = self.num_experts > 0 and layer >= self.num_dense_layers
-            return te_renamed(name, has_mla=self.has_mla, is_moe_layer=is_moe_layer)
+            return te_renamed(name, has_mla=self.has_mla, is_moe_layer=self.is_moe_layer(slot))
         return name
+
+    def is_moe_layer(self, slot: Slot) -> bool:
+        """Whether the slot's layer is one of experts, as the multi-token-prediction layer after the last is."""
+        layer = self.num_layers if slot.layer is None else slot.layer
+        return self.num_experts > 0 and layer >= self.num_dense_layers
 
 
 # Transformer Engine fuses a norm into the linear that follows it, and the experts into one module.

@@ -20,8 +20,17 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException as DcpException
 
-# Adam's state by parameter, not by the saving layout's buffers: what makes it loadable at another layout.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_METADATA = {
+    # Adam's state by parameter, not by the saving layout's buffers: what makes it loadable at another layout.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    # A tensor for each layer, as `models.dist_tensors` names them, where layers alike would be stacked into one.
+    "non_homogeneous_layers": True,
+}
+
+
+# What linear layers save besides weights: Transformer Engine's delayed scaling, which no recipe here uses.
+_EXTRA = "._extra_state"
 
 
 class Trained(Protocol):
@@ -60,28 +69,41 @@ def load(policy: Trained, path: Path, copies: Sequence[str] = ()) -> None:
     """
     for optimizer in policy.optimizer.chained_optimizers:
         _begin_state(optimizer)
-    try:
-        for name in copies:
-            _fill(policy, dist_checkpointing.load(_renamed(_model_state(policy), name), str(path)))
-            policy.keep_copy(name)
-        state = _model_state(policy)
-        state["optimizer"] = policy.optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
-        loaded = dist_checkpointing.load(state, str(path))
-    except (CheckpointingException, DcpException) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(
-            f"{path}: {reason}; must hold every tensor of this model; resume with the model.* of the run's start, or "
-            "choose another checkpoint with run.resume_from"
-        ) from error
+    for name in copies:
+        _fill(policy, _load(_renamed(_model_state(policy), name), path))
+        policy.keep_copy(name)
+    state = _model_state(policy)
+    state["optimizer"] = policy.optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
+    loaded = _load(state, path)
     _fill(policy, loaded)
     policy.optimizer.load_state_dict(loaded["optimizer"])
     for optimizer in policy.optimizer.chained_optimizers:
         _part_steps(optimizer.optimizer)
 
 
+def load_weights(policy: Trained, path: Path) -> None:
+    """Fill the weights alone from a distributed checkpoint, a training's or a converted one. Collective.
+
+    Raises ValueError where a tensor is missing or of another shape than this model's.
+    """
+    _fill(policy, _load(_model_state(policy), path))
+
+
+def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(path))
+    except (CheckpointingException, DcpException) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"{path}: {reason}; must hold every tensor of this model; resume with the model.* of the run's start, or "
+            "choose another checkpoint with run.resume_from"
+        ) from error
+
+
 def _fill(policy: Trained, loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(policy.chunks):
-        chunk.load_state_dict(loaded[f"model{index}"])
+        missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+        assert not unexpected and all(name.endswith(_EXTRA) for name in missing), (missing, unexpected)
 
 
 def _begin_state(optimizer: Any) -> None:
@@ -119,7 +141,12 @@ def _part_steps(adam: torch.optim.Optimizer) -> None:
 
 def _model_state(policy: Trained) -> dict[str, Any]:
     return {
-        f"model{index}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for index, chunk in enumerate(policy.chunks)
+        f"model{index}": {
+            name: value
+            for name, value in chunk.sharded_state_dict(metadata=dict(_METADATA)).items()
+            if not name.endswith(_EXTRA)
+        }
+        for index, chunk in enumerate(policy.chunks)
     }
 
 

@@ -50,11 +50,11 @@ def norm(megatron: str, hf: str, size: int, layer: int) -> Slot:
     )
 
 
-def linear(megatron: str, hf: str, shape: tuple[int, int], layer: int, dim: int | None) -> Slot:
+def linear(megatron: str, hf: str, shape: tuple[int, int], layer: int, dim: int | None, *, fp8: bool = True) -> Slot:
     """A weight [out, in] cut along `dim` over tp; None: whole on every rank."""
     return Slot(
         f"decoder.layers.{layer}.{megatron}.weight",
-        (HfTensor(f"model.layers.{layer}.{hf}.weight", shape),),
+        (HfTensor(f"model.layers.{layer}.{hf}.weight", shape, fp8=fp8),),
         Whole() if dim is None else Cut(dim),
         axis=None if dim is None else "tp",
         layer=layer,
@@ -65,8 +65,10 @@ def gated_mlp(
     megatron: str, hf: str, hidden: int, ffn: int, layer: int, *, axis: str = "tp", expert: int | None = None
 ) -> Iterator[Slot]:
     """SwiGLU: gate_proj and up_proj [ffn, hidden] -> linear_fc1; down_proj [hidden, ffn] -> linear_fc2."""
-    gate, up = (HfTensor(f"model.layers.{layer}.{hf}.{name}_proj.weight", (ffn, hidden)) for name in ("gate", "up"))
-    down = HfTensor(f"model.layers.{layer}.{hf}.down_proj.weight", (hidden, ffn))
+    gate, up, down = (
+        HfTensor(f"model.layers.{layer}.{hf}.{name}_proj.weight", shape, fp8=True)
+        for name, shape in (("gate", (ffn, hidden)), ("up", (ffn, hidden)), ("down", (hidden, ffn)))
+    )
     prefix = f"decoder.layers.{layer}.{megatron}"
     yield Slot(f"{prefix}.linear_fc1.weight", (gate, up), GateUp(), axis=axis, layer=layer, expert=expert)
     yield Slot(f"{prefix}.linear_fc2.weight", (down,), Cut(1), axis=axis, layer=layer, expert=expert)
@@ -81,7 +83,7 @@ def grouped_query_layer(fields: HfFields, layer: int, *, qkv_bias: bool) -> Iter
     qkv = QKV(heads, groups, width)
     prefix = f"model.layers.{layer}.self_attn"
     yield norm("input_layernorm", "input_layernorm", hidden, layer)
-    weights = tuple(HfTensor(f"{prefix}.{name}_proj.weight", (size, hidden)) for name, size in rows.items())
+    weights = tuple(HfTensor(f"{prefix}.{name}_proj.weight", (size, hidden), fp8=True) for name, size in rows.items())
     yield Slot(f"decoder.layers.{layer}.self_attention.linear_qkv.weight", weights, qkv, layer=layer)
     if qkv_bias:
         biases = tuple(HfTensor(f"{prefix}.{name}_proj.bias", (size,), "zero") for name, size in rows.items())

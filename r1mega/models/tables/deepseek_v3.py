@@ -71,7 +71,7 @@ def _attention(fields: HfFields, layer: int) -> Iterator[Slot]:
 
 def _experts(fields: HfFields, layer: int) -> Iterator[Slot]:
     hidden, ffn, experts = fields["hidden_size"], fields["moe_intermediate_size"], fields["n_routed_experts"]
-    yield common.linear("mlp.router", "mlp.gate", (experts, hidden), layer, None)
+    yield common.linear("mlp.router", "mlp.gate", (experts, hidden), layer, None, fp8=False)
     bias = HfTensor(f"model.layers.{layer}.mlp.gate.e_score_correction_bias", (experts,), "zero")
     yield Slot(f"decoder.layers.{layer}.mlp.router.expert_bias", (bias,), Whole(), axis=None, layer=layer, fp32=True)
     for expert in range(experts):

@@ -1,0 +1,125 @@
+"""One part of a conversion: read each piece, make what is asked of it, write it, and record all that."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from r1mega.conversion.hf_source import HfSource, Plain
+from r1mega.conversion.megatron_source import MegatronSource
+from r1mega.conversion.plan import APPENDED, Part, Work, dist_file
+from r1mega.conversion.scratch import Scratch
+from r1mega.models import fp8_blocks
+from r1mega.models.safetensors_file import DTYPES, Stored, as_bytes, read_bytes, write_bytes
+
+PROGRESS_FOLDER = ".progress"
+
+
+class Worker:
+    """Makes parts of one conversion in `target`, the directory under its unfinished name."""
+
+    def __init__(self, source: HfSource | MegatronSource, target: Path) -> None:
+        self._source, self._target = source, target
+        self._scratch = Scratch()
+        torch.serialization.set_crc32_options(False)  # the records have better digests, and it halves the rate
+
+    @torch.no_grad()
+    def run(self, part: Part) -> None:
+        """Write the part, then its record. Raises ValueError or OSError saying what went wrong."""
+        is_dist = part.works[0].outputs[0].at == APPENDED
+        works = self._write_dist(part) if is_dist else [self._write_hf(work) for work in part.works]
+        path = record_path(self._target, part.index)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(works), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def _write_hf(self, work: Work) -> dict[str, Any]:
+        plains, digests = self._source.read(work.piece, self._scratch)
+        tensors = [tensor for plain in plains for tensor in _encoded(work, plain)]
+        tensors += tensors[:1] * len(work.made.aliases)
+        written = [self._put(output, tensor) for output, tensor in zip(work.outputs, tensors, strict=True)]
+        return {"from": digests, "to": written + self._put_scales(work, plains)}
+
+    def _write_dist(self, part: Part) -> list[dict[str, Any]]:
+        """Boxes end to end, each as torch.save writes it, which is how a distributed checkpoint stores them."""
+        name, works = dist_file(part), []
+        with open(self._target / name, "wb", buffering=0) as file:
+            for work in part.works:
+                plains, digests = self._source.read(work.piece, self._scratch)
+                box = work.made.to_megatron([plain.value for plain in plains])
+                (output,) = work.outputs
+                assert box.dtype == DTYPES[output.dtype], (output, box.dtype)
+                at = file.tell()
+                torch.save(_own(box), file)
+                entry = _entry(output, box) | {"file": name, "at": at, "nbytes": file.tell() - at}
+                entry |= {"key": work.made.key, "offset": work.made.offset, "of": work.made.global_shape}
+                works.append({"from": digests, "to": [entry, *self._put_scales(work, plains)]})
+        return works
+
+    def _put_scales(self, work: Work, plains: list[Plain]) -> list[dict[str, Any]]:
+        scales = [plain.scale for plain in plains if plain.scale is not None] if work.scales else []
+        return [self._put(output, scale) for output, scale in zip(work.scales, scales, strict=True)]
+
+    def _put(self, output: Stored, tensor: torch.Tensor) -> dict[str, Any]:
+        tensor = tensor.to(DTYPES[output.dtype])
+        assert tuple(tensor.shape) == output.shape, (output, tensor.shape)
+        tensor = tensor.contiguous()
+        write_bytes(self._target / output.file, output.at, tensor)
+        return _entry(output, tensor) | {"file": output.file, "at": output.at, "nbytes": output.nbytes}
+
+
+def record_path(target: Path, index: int) -> Path:
+    """The record of a finished part."""
+    return target / PROGRESS_FOLDER / f"part-{index:05d}.json"
+
+
+def finished(target: Path, part: Part) -> list[dict[str, Any]] | None:
+    """The record of a part that stands whole on the disk, every byte as recorded; None where it has to be made."""
+    try:
+        works = json.loads(record_path(target, part.index).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    try:
+        is_whole = all(_stands(target, entry) for work in works for entry in work["to"])
+    except (OSError, ValueError, RuntimeError, EOFError):
+        return None
+    return works if is_whole else None
+
+
+def _stands(target: Path, entry: dict[str, Any]) -> bool:
+    raw = read_bytes(target / entry["file"], entry["at"], entry["nbytes"])
+    if "key" in entry:
+        raw = torch.load(io.BytesIO(as_bytes(raw)), weights_only=True)
+    return xxhash.xxh3_128_hexdigest(as_bytes(raw)) == entry["xxh3_128"]
+
+
+def _encoded(work: Work, plain: Plain) -> Iterator[torch.Tensor]:
+    """What is stored of a tensor: itself, or its FP8 values and scales."""
+    if not any(output.dtype == "F8_E4M3" for output in work.outputs):
+        yield plain.value
+        return
+    try:
+        yield from fp8_blocks.quantize(plain.value, plain.scale)
+    except ValueError as error:
+        names = ", ".join(output.name for output in work.outputs if output.dtype == "F8_E4M3")
+        raise ValueError(f"{names}: {error}; FP8 cannot hold it; mend the checkpoint, or convert to bf16") from None
+
+
+def _own(box: torch.Tensor) -> torch.Tensor:
+    """The box as all of its storage: torch.save writes the whole storage of a view."""
+    storage = box.untyped_storage()
+    if storage.nbytes() == box.nbytes and box.is_contiguous():
+        return box
+    return torch.frombuffer(as_bytes(box.contiguous()), dtype=torch.uint8).view(box.dtype).view(box.shape)
+
+
+def _entry(output: Stored, tensor: torch.Tensor) -> dict[str, Any]:
+    digest = xxhash.xxh3_128_hexdigest(as_bytes(tensor.contiguous()))
+    return {"name": output.name, "dtype": output.dtype, "shape": output.shape, "xxh3_128": digest}

@@ -1,0 +1,115 @@
+"""One safetensors file, tensor by tensor: read by position, so that no more than the tensor asked for is in memory.
+
+The format: 8 bytes with the header's length, the header in JSON, then the tensors end to end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from r1mega.config import checkpoint_files
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: `dtype` by the format's name, `at` the position of its first byte in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    at: int
+    nbytes: int
+
+
+def read_header(path: Path) -> list[Stored]:
+    """The tensors of a file, in no order. Raises ValueError naming the file where it is missing or not whole."""
+    try:
+        header = checkpoint_files.read_header(path)
+        size = path.stat().st_size
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}; must be a whole safetensors file; restore it from its source") from None
+    base = size - max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    found = []
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if dtype in DTYPES and end - begin != nbytes_of(dtype, shape):
+            raise ValueError(
+                f"{path}: {name}: {end - begin} bytes for {dtype} of shape {shape}; its header is damaged; restore it"
+            )
+        found.append(Stored(name, dtype, shape, path.name, base + begin, end - begin))
+    return found
+
+
+def read_bytes(path: Path, at: int, nbytes: int, into: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 [nbytes] of a file, in the memory of `into` (uint8, as long or longer) where it is given.
+
+    Raises OSError; ValueError where the file ends before.
+    """
+    buffer = torch.empty(nbytes, dtype=torch.uint8) if into is None else into[:nbytes]
+    view = memoryview(buffer.numpy())
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < nbytes:
+            got = os.preadv(handle, [view[done : done + (1 << 30)]], at + done)
+            if got == 0:
+                raise ValueError(f"{path}: ends at byte {at + done}; its header promises {at + nbytes}; restore it")
+            done += got
+    finally:
+        os.close(handle)
+    return buffer
+
+
+def write_bytes(path: Path, at: int, data: torch.Tensor) -> None:
+    """Write a tensor's bytes into a file that exists, from position `at` on. Raises OSError."""
+    view = as_bytes(data)
+    handle = os.open(path, os.O_WRONLY)
+    try:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(handle, view[done : done + (1 << 30)], at + done)
+    finally:
+        os.close(handle)
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of a dtype of the format."""
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def lay_out(tensors: Sequence[tuple[str, str, tuple[int, ...]]], file: str) -> tuple[bytes, list[Stored]]:
+    """The head of a file that will hold these (name, dtype, shape) in this order, and where each of them stands."""
+    entries, offset = {}, 0
+    for name, dtype, shape in tensors:
+        end = offset + nbytes_of(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    stored = [
+        Stored(name, dtype, shape, file, base + entries[name]["data_offsets"][0], nbytes_of(dtype, shape))
+        for name, dtype, shape in tensors
+    ]
+    return struct.pack("<Q", len(text)) + text, stored
