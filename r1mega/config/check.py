@@ -8,7 +8,7 @@ import operator
 from collections.abc import Iterator
 from pathlib import Path
 
-from r1mega.config.checkpoint_files import check_tokenizer, check_weights
+from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
 from r1mega.config.faults import Fault
 from r1mega.config.io import FILE_NAME
 from r1mega.config.schema import (
@@ -160,7 +160,7 @@ def _check_checkpoint(config: Config) -> Iterator[Fault]:
         yield from check_tokenizer(directory, "model.hf")
     else:
         yield from check_tokenizer(Path(config.model.tokenizer), "model.tokenizer")
-    if config.model.init is Init.load:
+    if config.model.init is Init.load and not is_megatron(directory):  # whose index the late checks read
         yield from check_weights(directory, "model.hf")
 
 

@@ -59,7 +59,8 @@ class StageConfig:
 @dataclass
 class ModelConfig:
     hf: str = MISSING
-    """Hugging Face checkpoint directory: config.json and, with init=load, safetensors files."""
+    """Checkpoint directory: config.json and, with init=load, safetensors files or Megatron's distributed tensors (from
+    tools/convert_checkpoint.py, or a run's checkpoints/update-N)."""
     init: Init = MISSING
     """`load` reads the checkpoint's weights, `random` initialises from its config.json."""
     tokenizer: str | None = None

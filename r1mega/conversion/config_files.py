@@ -95,6 +95,14 @@ def write(target: Path, source: Path, tokenizer: Path, config: dict[str, Any]) -
     return copied
 
 
+def keep(target: Path, fields: HfFields, tokenizer: Path) -> None:
+    """Put the model's config.json, true to the layers it has, and the tokenizer's files beside its weights."""
+    raw = json.loads(fields.path.read_text(encoding="utf-8"))
+    if fields.num_mtp_layers != raw.get("num_nextn_predict_layers", 0):
+        raw["num_nextn_predict_layers"] = fields.num_mtp_layers
+    write(target, fields.path.parent, tokenizer, raw)
+
+
 def check_tokenizer(tokenizer: Path, fields: HfFields) -> None:
     """Raise ValueError where the tokenizer has ids that the model's tables do not."""
     path = tokenizer / "tokenizer.json"

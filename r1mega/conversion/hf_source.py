@@ -28,6 +28,7 @@ class Plain(NamedTuple):
 
     value: torch.Tensor
     scale: torch.Tensor | None = None
+    is_fp8: bool = False  # stored in FP8, not only made from it once
 
 
 class HfSource:
@@ -114,7 +115,7 @@ class HfSource:
         scale = _as_stored(scale_raw, self.stored[tensor.name + SCALE_SUFFIX])
         out = scratch.take(f"{role}.bf16", 2 * stored.nbytes).view(torch.bfloat16).view(stored.shape)
         try:
-            return Plain(fp8_blocks.dequantize(value, scale, out), scale)
+            return Plain(fp8_blocks.dequantize(value, scale, out), scale, is_fp8=True)
         except ValueError as error:
             raise ValueError(f"{self.path}: {tensor.name}: {error}; restore it from its source") from None
 

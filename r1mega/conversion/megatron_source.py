@@ -86,6 +86,12 @@ class MegatronSource:
         """The dtype of a tensor, by safetensors' name."""
         return self._dtypes[tensor.name]
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of every Hugging Face tensor."""
+        aliases = {alias.name: piece.tensors[0].name for piece in self.pieces for alias in piece.aliases}
+        names = {name: name for name in self._dtypes} | aliases
+        return {name: DTYPES[self._dtypes[own]] for name, own in names.items()}
+
     def has_scale(self, tensor: HfTensor) -> bool:
         """Whether `read` gives the scales of the FP8 blocks that the tensor once came from."""
         return tensor.name in self._known_scales

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from r1mega.config import checkpoint_files
 from r1mega.config.check import longest_response
@@ -60,9 +61,13 @@ def _check_positions(prompts: Sequence[Prompt], config: Config, fields: HfFields
 
 def check_tensors(config: Config) -> list[str]:
     """The checkpoint holds every tensor of the model's table, in its shape, and no others."""
+    from r1mega.conversion.megatron_source import MegatronSource
     from r1mega.models.tables import slots_of
 
     if config.model.init is not Init.load:
+        return []
+    if checkpoint_files.is_megatron(Path(config.model.hf)):
+        MegatronSource(config.model.hf)
         return []
     drops = config.model.mtp is Mtp.drop
     fields = hf_fields.read(config.model.hf, drop_mtp=drops)

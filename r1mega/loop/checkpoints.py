@@ -2,6 +2,7 @@
 
 update-000012/model/         weights, optimizer, reference (Megatron's distributed checkpoint, any layout loads it)
 update-000012/rng/           the random states of each rank, for the same layout alone
+update-000012/config.json    the model's, with its tokenizer: the directory is a source of weights by itself
 update-000012/state.json     clocks, data cursor, where the logs stood, layout, digest of what decides the run
 update-000012/manifest.json  every file with its digest; written last (train.checkpoint_store)
 """
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from r1mega.config.decisive import digest
 from r1mega.config.schema import Config
+from r1mega.conversion import config_files
 from r1mega.loop.state import RunState
 from r1mega.parallel.collectives import share
 from r1mega.parallel.groups import Groups
@@ -117,6 +119,8 @@ class Checkpoints:
             "config": digest(self._config),
             "pending": [],  # samples of a rollout not trained on yet: none, a checkpoint is taken between rounds
         }
+        model = self._config.model
+        config_files.keep(path, self._policy.fields, Path(model.tokenizer or model.hf))
         (path / STATE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return str(path)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1mega.algo.lr import learning_rate
+from r1mega.config.checkpoint_files import is_megatron
 from r1mega.config.schema import Config, Init, Loop, Mtp
 from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
 from r1mega.data.sft import SftSource, read_sft, tokenize_sft
@@ -28,6 +29,7 @@ from r1mega.reward.pool import RewardPool
 from r1mega.types import Engine, Prompt
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from r1mega.rollout.collector import Collector
@@ -190,13 +192,12 @@ def response_text(token_ids: list[int], decode, end_token: int | None) -> str:
 
 def export(policy: MegatronPolicy, fields: HfFields, config: Config, name: str, *, writes: bool) -> Path:
     """Write the policy's weights, with the config and tokenizer of its source, to RUN_DIR/name."""
-    from r1mega.models.hf_io import CheckpointReader, CheckpointWriter
+    from r1mega.models.hf_io import CheckpointWriter
 
     path = Path(config.run.dir) / name
     writer = None
     if writes:
-        # Trained from a bf16 checkpoint in fp32, it goes back to bf16: tensor by tensor the dtype it came in.
-        dtypes = CheckpointReader(config.model.hf).dtypes() if config.model.init is Init.load else {}
+        dtypes = _stored_dtypes(config)
         tokenizer = Path(config.model.tokenizer) if config.model.tokenizer else None
         # What was left out of the model must not be promised by its config.json.
         changes = {"num_nextn_predict_layers": 0} if config.model.mtp is Mtp.drop and fields.is_moe else {}
@@ -222,7 +223,6 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
         threads=config.device.threads,
     )
     # Megatron may be imported only now: the device bridge is laid.
-    from r1mega.models.hf_io import CheckpointReader, RandomWeights
     from r1mega.train.optimizer import AdamSettings
     from r1mega.train.policy import MegatronPolicy
 
@@ -246,8 +246,7 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
         policy.logprob_chunk_tokens = config.memory.logprob_chunk_tokens
         policy.trains_trunk_further = config.stage.loop is Loop.sft
         if config.run.resume_from is None:
-            is_random = config.model.init is Init.random
-            policy.load(RandomWeights(fields, config.run.seed) if is_random else CheckpointReader(config.model.hf))
+            _load(policy, fields, config)
         timer = PhaseTimer(on_phase=log.console.phase, synchronize=_synchronize(groups))
         checkpoints = Checkpoints(config, groups, policy)
         yield kind(config, layout, groups, fields, policy, load_tokenizer(config), log, timer, checkpoints)
@@ -255,6 +254,30 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
     finally:
         log.close()
     process_groups.shutdown()
+
+
+def _load(policy: MegatronPolicy, fields: HfFields, config: Config) -> None:
+    """Fill the weights from what model.init and model.hf say. Collective."""
+    from r1mega.models.hf_io import CheckpointReader, RandomWeights
+
+    path = Path(config.model.hf)
+    if config.model.init is Init.random:
+        policy.load(RandomWeights(fields, config.run.seed))
+    elif is_megatron(path):
+        policy.load_distributed(path / "model")
+    else:
+        policy.load(CheckpointReader(path))
+
+
+def _stored_dtypes(config: Config) -> dict[str, torch.dtype]:
+    """Tensor by tensor the dtype it came in: trained from a bf16 checkpoint in fp32, it goes back to bf16."""
+    from r1mega.conversion.megatron_source import MegatronSource
+    from r1mega.models.hf_io import CheckpointReader
+
+    path = Path(config.model.hf)
+    if config.model.init is Init.random:
+        return {}
+    return MegatronSource(path).dtypes() if is_megatron(path) else CheckpointReader(path).dtypes()
 
 
 def _model_options(config: Config):

@@ -146,7 +146,7 @@ def _num_mtp_layers(fields: HfFields) -> int:
     if fields.family != "deepseek_v3":
         return 0
     folder, layer = fields.path.parent, fields["num_hidden_layers"]
-    if not any(folder.glob("*.safetensors")):
+    if checkpoint_files.is_megatron(folder) or not any(folder.glob("*.safetensors")):
         count = fields.values.get("num_nextn_predict_layers", 0)
     else:
         # Damaged files are reported by the checks of the checkpoint, not here.

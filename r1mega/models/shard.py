@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega.models.hf_fields import HfFields
-from r1mega.models.param_map import Cut, HfTensor, Placement, Slot
+from r1mega.models.param_map import Cut, HfTensor, Placement, Slot, Vocabulary
 from r1mega.models.tables import placement_of, slots_of
 from r1mega.parallel.groups import Groups
 
@@ -83,6 +83,13 @@ class ShardedModel:
                     f"{slot.name}: got shape {tuple(value.shape)}; this rank holds {tuple(parameter.shape)}"
                 )
             parameter.copy_(value)
+
+    @torch.no_grad()
+    def clear_padding(self) -> None:
+        """Zero the tables of the vocabulary, whose last rows no checkpoint has where the ranks do not divide it."""
+        for slot, _, parameter in self.local:
+            if isinstance(slot.op, Vocabulary):
+                parameter.zero_()
 
     def gather(self, *, wanted: bool = True, bucket_bytes: int = 1 << 28) -> Iterator[tuple[str, torch.Tensor]]:
         """(hf_name, tensor) of the whole model, on the device, in the table's order. Collective over the world.

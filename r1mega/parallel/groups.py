@@ -72,7 +72,26 @@ def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: 
     if not dist.is_initialized():
         dist.init_process_group(devices.backend(device_type), rank=rank, world_size=world_size, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout) if device_type == "cuda" else dist.group.WORLD
+    _cut(layout, seed=seed, timeout_minutes=timeout_minutes)
+    return _groups(layout, rank, device, control)
 
+
+def imagine(layout: Layout, rank: int) -> Groups:
+    """What `initialize` gives this rank of a world of any size, in one process and with nobody to talk to.
+
+    Models can be built and asked for their parameters; a collective returns at once and moves nothing. `shutdown` ends
+    the world, and another may be imagined after it.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    device = devices.prepare("cpu")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    _cut(layout, seed=0, timeout_minutes=1)
+    return _groups(layout, rank, device, dist.group.WORLD)
+
+
+def _cut(layout: Layout, *, seed: int, timeout_minutes: float) -> None:
+    """Have Megatron cut the world into the layout's groups."""
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.initialize_model_parallel(
@@ -87,7 +106,6 @@ def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: 
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
-    return _groups(layout, rank, device, control)
 
 
 def _groups(layout: Layout, rank: int, device: torch.device, control: dist.ProcessGroup) -> Groups:

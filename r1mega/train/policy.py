@@ -65,6 +65,13 @@ class MegatronPolicy:
         self.sharded.fill(source)
         self.optimizer = make_optimizer(self._wrapped, self._adam)
 
+    def load_distributed(self, path: Path, *, trains: bool = True) -> None:
+        """Fill the parameters from a distributed checkpoint that `save` or a conversion wrote. Instead of `load`."""
+        self.sharded.clear_padding()
+        checkpoint.load_weights(self, path)
+        if trains:
+            self.optimizer = make_optimizer(self._wrapped, self._adam)
+
     def restore(self, path: Path, copies: Sequence[str] = ()) -> None:
         """Fill weights, optimizer and the kept copies named from a checkpoint that `save` wrote. Instead of `load`."""
         self.optimizer = make_optimizer(self._wrapped, self._adam)
