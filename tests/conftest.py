@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,43 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+class InProcess:
+    """Stands for a pool of processes: does at once, in this one, what it is given."""
+
+    def __init__(self, max_workers: int = 1, *, mp_context=None, initializer=None, initargs=()) -> None:
+        initializer(*initargs)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:  # handed to whoever asks for the result, as a pool does
+            future.set_exception(error)
+        return future
+
+    def map(self, function: Callable[..., Any], items: Iterable[Any]) -> Iterator[Any]:
+        return map(function, items)
+
+    def shutdown(self, **_options: Any) -> None:
+        """Nothing: no process was started."""
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Nothing to end."""
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> type[InProcess]:
+    """Conversions do without processes of their own, each of which would import torch first."""
+    from r1mega.conversion import run, verify
+
+    for module in (run, verify):
+        monkeypatch.setattr(module, "ProcessPoolExecutor", InProcess)
+    return InProcess
 
 
 @pytest.fixture(scope="session")

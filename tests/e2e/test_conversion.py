@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from r1mega.conversion.run import Request, convert
+
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -18,9 +20,9 @@ def run(*argv: object) -> None:
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-def convert(command: str, source: Path, out: Path, *options: str) -> Path:
-    kind = command.partition("-to-")[0]
-    run("tools/convert_checkpoint.py", command, f"--{kind}", source, "--out", out, "--workers", 1, *options)
+def converted(command: str, source: Path, out: Path, dtype: str | None = None) -> Path:
+    kind, _, to = command.partition("-to-")
+    convert(Request(source=source, source_kind=kind, out=out, to=to, dtype=dtype))
     return out
 
 
@@ -39,43 +41,38 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
         assert torch.equal(tensor.view(torch.uint8), ours[name].view(torch.uint8)), name
 
 
-def train(start: Path, run_dir: Path, layout: list[str]) -> Path:
+def train(start: Path, run_dir: Path, *overrides: str) -> Path:
     """One update of SFT from a checkpoint of either format, saved and exported."""
     rows = [{"prompt": f"{a} plus {b}?", "response": f"It is {a + b}."} for a in range(4) for b in range(8)]
     data = run_dir.with_suffix(".jsonl")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(
-        "-m", "r1mega.cli", "train", "stage=sft", "data=sft", "optim=constant", *layout, f"model.hf={start}",
+        "-m", "r1mega.cli", "train", "stage=sft", "data=sft", "optim=constant", f"model.hf={start}",
         f"data.train={data}", f"run.dir={run_dir}", "sft.updates=1", "sft.batch_size=8", "sft.max_length=256",
-        "data.template=plain", "optim.lr=1e-2", "model.mtp=train", "checkpoint.every=1", "logger.console=false",
-        "logger.tensorboard=false", "precision=fp32",
+        "data.template=plain", "model.mtp=train", "checkpoint.every=1", "logger.console=false",
+        "logger.tensorboard=false", "precision=fp32", *overrides,
     )  # fmt: skip
     return run_dir
 
 
-def assert_learnt(ours: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> None:
-    assert all(not torch.equal(ours[name], before[name]) for name in before if name.endswith("o_proj.weight"))
-
-
-def test_train_from_a_converted_checkpoint_and_back(checkpoint, tmp_path):
+def test_an_interleaved_pipeline_with_a_tied_and_padded_table(checkpoint, tmp_path, in_process):
     source = checkpoint("qwen2", dtype="bfloat16", tie_word_embeddings=True)
-    # An odd vocabulary, which tp = 2 pads; an interleaved pipeline whose ends share a table.
-    layout = ["parallel.tp=2", "parallel.pp=2", "parallel.vpp=2"]
-    done = train(convert("hf-to-megatron", source, tmp_path / "megatron"), tmp_path / "run", layout)
-    exported = weights_of(done / "hf")
-    assert_learnt(exported, weights_of(source))
+    start = converted("hf-to-megatron", source, tmp_path / "megatron")
+    # The vocabulary is odd: two tensor ranks pad it.
+    layout = ("parallel.tp=2", "parallel.pp=2", "parallel.vpp=2")
+    done = train(start, tmp_path / "run", *layout, "optim.lr=1e-2")
+    exported, before = weights_of(done / "hf"), weights_of(source)
+    assert all(not torch.equal(exported[name], before[name]) for name in before if name.endswith("o_proj.weight"))
     saved = done / "checkpoints" / "update-000001"
-    assert_same(weights_of(convert("megatron-to-hf", saved, tmp_path / "hf", "--dtype", "bf16")), exported)
+    assert_same(weights_of(converted("megatron-to-hf", saved, tmp_path / "hf", "bf16")), exported)
 
 
-def test_a_run_begun_from_either_format_is_the_same_run(checkpoint, tmp_path):
-    fp8 = convert("hf-to-hf", checkpoint("deepseek_v3", dtype="bfloat16", mtp=True), tmp_path / "fp8", "--dtype", "fp8")
-    layout = ["parallel=tp2_pp2_ep2"]
-    bf16 = convert("hf-to-hf", fp8, tmp_path / "bf16", "--dtype", "bf16")
-    from_hf = train(bf16, tmp_path / "from-hf", layout)
-    from_megatron = train(convert("hf-to-megatron", fp8, tmp_path / "megatron"), tmp_path / "from-megatron", layout)
-    exported = weights_of(from_megatron / "hf")
-    assert_same(exported, weights_of(from_hf / "hf"))
-    assert_learnt(exported, weights_of(bf16))
-    saved = from_megatron / "checkpoints" / "update-000001"
-    assert_same(weights_of(convert("megatron-to-hf", saved, tmp_path / "hf", "--dtype", "bf16")), exported)
+def test_fp8_experts_and_the_layer_two_tokens_ahead(checkpoint, tmp_path, in_process):
+    fp8 = converted("hf-to-hf", checkpoint("deepseek_v3", dtype="bfloat16", mtp=True), tmp_path / "fp8", "fp8")
+    expected = weights_of(converted("hf-to-hf", fp8, tmp_path / "bf16", "bf16"))
+    start = converted("hf-to-megatron", fp8, tmp_path / "megatron")
+    # A step too small for any number, zero too: what was loaded at this layout is what is exported and saved.
+    done = train(start, tmp_path / "run", "parallel=tp2_pp2_ep2", "optim.lr=1e-46")
+    assert_same(weights_of(done / "hf"), expected)
+    saved = done / "checkpoints" / "update-000001"
+    assert_same(weights_of(converted("megatron-to-hf", saved, tmp_path / "hf", "bf16")), expected)
