@@ -12,14 +12,14 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # The safetensors format caps its header at 100 MB; a larger length means the file is something else.
 MAX_HEADER_BYTES = 100_000_000
-MEGATRON_METADATA = "model/.metadata"
+MODEL_FOLDER, METADATA = "model", ".metadata"
 """What marks a directory as a Megatron checkpoint: config.json and tokenizer beside a folder of distributed tensors."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def is_megatron(directory: Path) -> bool:
     """Whether a checkpoint directory holds Megatron's distributed tensors instead of safetensors files."""
-    return (directory / MEGATRON_METADATA).is_file()
+    return (directory / MODEL_FOLDER / METADATA).is_file()
 
 
 def read_json_object(path: Path) -> dict:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from r1mega.conversion.megatron_source import METADATA, MODEL_FOLDER
+from r1mega.config.checkpoint_files import METADATA, MODEL_FOLDER
 from r1mega.models.safetensors_file import DTYPES
 
 # What megatron.core.dist_checkpointing reads before it loads (CheckpointingConfig of megatron-core 0.16).

@@ -14,15 +14,14 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from r1mega.config.checkpoint_files import METADATA, MODEL_FOLDER
 from r1mega.conversion.hf_source import Plain, fault_list, known_scales, read_stored
 from r1mega.conversion.scratch import Scratch
 from r1mega.models import hf_fields
-from r1mega.models.dist_tensors import Piece, pieces_of
+from r1mega.models.dist_tensors import Piece, box_name, pieces_of
 from r1mega.models.param_map import HfTensor
 from r1mega.models.safetensors_file import DTYPES, NAMES, as_bytes
 
-MODEL_FOLDER = "model"
-METADATA = ".metadata"
 # What a training keeps beside the weights: the optimizer, and copies such as the reference.
 _OTHERS = ("optimizer.", "copy.", "chained_")
 
@@ -175,13 +174,6 @@ class MegatronSource:
             if size < end:
                 faults.append(f"{self._folder / name}: truncated: {size} bytes, the metadata needs {end}; restore it")
         return faults
-
-
-def box_name(piece: Piece) -> str:
-    """The name of a box in records: its tensor's, and where it begins if it is not the whole."""
-    if piece.shape == piece.global_shape:
-        return piece.key
-    return f"{piece.key}[{','.join(map(str, piece.offset))}]"
 
 
 def _metadata(folder: Path) -> Metadata:

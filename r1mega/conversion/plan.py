@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from r1mega.config.checkpoint_files import MODEL_FOLDER
 from r1mega.conversion.hf_source import SCALES_FILE
-from r1mega.conversion.megatron_source import MODEL_FOLDER, box_name
 from r1mega.models import fp8_blocks
-from r1mega.models.dist_tensors import Piece
+from r1mega.models.dist_tensors import Piece, box_name
 from r1mega.models.fp8_blocks import SCALE_SUFFIX
 from r1mega.models.param_map import HfTensor
 from r1mega.models.safetensors_file import Stored, lay_out, nbytes_of

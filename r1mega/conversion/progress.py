@@ -20,7 +20,7 @@ class Bar:
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-            console=self._console, disable=not self._console.is_terminal,
+            console=self._console, disable=not self._console.is_terminal, auto_refresh=False,
         )  # fmt: skip
         self._task = self._progress.add_task(what, total=None)
         self._began = self._said = time.monotonic()
@@ -38,6 +38,7 @@ class Bar:
     def update(self, done: int, total: int) -> None:
         """Show that so many bytes of so many are read."""
         self._progress.update(self._task, completed=done, total=total)
+        self._progress.refresh()  # by hand: a process that forks should have no threads
         now = time.monotonic()
         if self._first is None:
             self._first = done  # found done already, which says nothing of the rate

@@ -15,12 +15,14 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r1mega.conversion.hf_source import HfSource
-from r1mega.conversion.megatron_source import MegatronSource
 from r1mega.conversion.plan import ConversionPlan, Part
 from r1mega.conversion.worker import record_path
+
+if TYPE_CHECKING:  # it imports torch.distributed.checkpoint, which other conversions need not wait for
+    from r1mega.conversion.megatron_source import MegatronSource
 
 PROOF_FILE = "conversion.json"
 

@@ -17,20 +17,23 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 
 from r1mega.config import checkpoint_files
-from r1mega.conversion import config_files, dist_metadata, proof
+from r1mega.config.checkpoint_files import MODEL_FOLDER
+from r1mega.conversion import config_files, proof
 from r1mega.conversion.config_files import Edit
 from r1mega.conversion.hf_source import HfSource
-from r1mega.conversion.megatron_source import MODEL_FOLDER, MegatronSource
 from r1mega.conversion.plan import ConversionPlan, Part, plan_hf, plan_megatron
 from r1mega.conversion.worker import PROGRESS_FOLDER, Worker, finished
 from r1mega.models import hf_fields
 from r1mega.models.dist_tensors import Piece, pieces_of
+
+if TYPE_CHECKING:  # it imports torch.distributed.checkpoint, which other conversions need not wait for
+    from r1mega.conversion.megatron_source import MegatronSource
 
 PARTIAL = ".partial"
 _FORMAT = 1  # of the plan: a conversion begun by another format is not continued
@@ -74,6 +77,7 @@ def convert(request: Request, progress: Callable[[int, int], None] = lambda done
     where a tensor turns out damaged, a worker is gone or the disk is full.
     """
     _check_places(request)
+    torch.set_num_threads(1)  # here; a process that has started others' threads cannot be forked
     source = open_source(request.source, request.source_kind)
     config, edits, plan = _plan(request, source)
     tokenizer = request.tokenizer or request.source
@@ -85,7 +89,7 @@ def convert(request: Request, progress: Callable[[int, int], None] = lambda done
         total = sum(part.read_bytes for part in plan.parts)
         done = sum(part.read_bytes for part in kept)
         progress(done, total)
-        for part in _made(request, partial, [part for part in plan.parts if part not in kept]):
+        for part in _made(request, source, partial, [part for part in plan.parts if part not in kept]):
             done += part.read_bytes
             progress(done, total)
         works = [work for part in plan.parts for work in proof.read_record(partial, part)]
@@ -100,7 +104,11 @@ def convert(request: Request, progress: Callable[[int, int], None] = lambda done
 
 def open_source(path: Path, kind: str) -> HfSource | MegatronSource:
     """The checkpoint of the kind "hf" or "megatron". Raises ValueError for all that is wrong with it."""
-    return HfSource(path) if kind == "hf" else MegatronSource(path)
+    if kind == "hf":
+        return HfSource(path)
+    from r1mega.conversion.megatron_source import MegatronSource
+
+    return MegatronSource(path)
 
 
 def _plan(request: Request, source: HfSource | MegatronSource) -> tuple[dict[str, Any], list[Edit], ConversionPlan]:
@@ -188,7 +196,7 @@ def _check_space(partial: Path, plan: ConversionPlan, kept: list[Part]) -> None:
         )
 
 
-def _made(request: Request, partial: Path, parts: list[Part]) -> Iterator[Part]:
+def _made(request: Request, source: HfSource | MegatronSource, partial: Path, parts: list[Part]) -> Iterator[Part]:
     """Each part once it is made, by `request.workers` processes."""
     if not parts:
         return
@@ -196,9 +204,10 @@ def _made(request: Request, partial: Path, parts: list[Part]) -> Iterator[Part]:
     workers = min(request.workers, len(parts))
     pool = ProcessPoolExecutor(
         workers,
-        mp_context=multiprocessing.get_context("spawn"),
+        # Forked, they share the opened source and need not import torch again. This process has no threads by then.
+        mp_context=multiprocessing.get_context("fork"),
         initializer=_begin_worker,
-        initargs=(str(request.source), request.source_kind, str(partial), max(1, cores // workers)),
+        initargs=(source, partial, max(1, cores // workers)),
     )
     waiting = iter(parts)
     running: dict[Future[None], Part] = {}
@@ -226,10 +235,10 @@ def _made(request: Request, partial: Path, parts: list[Part]) -> Iterator[Part]:
 _worker: Worker | None = None
 
 
-def _begin_worker(source: str, kind: str, target: str, threads: int) -> None:
+def _begin_worker(source: HfSource | MegatronSource, target: Path, threads: int) -> None:
     global _worker
     torch.set_num_threads(threads)
-    _worker = Worker(open_source(Path(source), kind), Path(target))
+    _worker = Worker(source, target)
 
 
 def _run_part(part: Part) -> None:
@@ -240,6 +249,8 @@ def _run_part(part: Part) -> None:
 def _complete(request: Request, partial: Path, plan: ConversionPlan, works: list[dict[str, Any]]) -> None:
     """What makes the written tensors a checkpoint of their format."""
     if request.to == "megatron":
+        from r1mega.conversion import dist_metadata
+
         dist_metadata.write(partial, (entry for work in works for entry in work["to"] if "key" in entry))
         return
     (partial / MODEL_FOLDER).rmdir()

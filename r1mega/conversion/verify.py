@@ -11,17 +11,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from r1mega.conversion.hf_source import HfSource, Plain
-from r1mega.conversion.megatron_source import MegatronSource
 from r1mega.conversion.run import open_source
 from r1mega.conversion.scratch import Scratch
 from r1mega.models import fp8_blocks
 from r1mega.models.dist_tensors import Piece
 
-Source = HfSource | MegatronSource
+if TYPE_CHECKING:  # it imports torch.distributed.checkpoint, which other conversions need not wait for
+    from r1mega.conversion.megatron_source import MegatronSource
+
+Source: TypeAlias = "HfSource | MegatronSource"
 _CHUNK = 32  # pieces that a worker compares in a row
 
 
@@ -61,15 +64,15 @@ def verify(
     A tensor that is only on one side is a difference, unless it repeats another that both have (a tied output table,
     the multi-token-prediction layer's copies). Raises ValueError for a checkpoint that cannot be read.
     """
+    torch.set_num_threads(1)  # a process that has started other threads cannot be forked
     sources = [open_source(path, kind) for kind, path in (left, right)]
     pairs, differences = _pairs(*sources)
     total = sum(sources[0].nbytes(piece) for piece, _ in pairs)
     done = tensors = rounded = 0
     progress(0, total)
     chunks = [pairs[first : first + _CHUNK] for first in range(0, len(pairs), _CHUNK)]
-    arguments = [(str(path), kind) for kind, path in (left, right)]
     with ProcessPoolExecutor(
-        min(workers, max(1, len(chunks))), mp_context=get_context("spawn"), initializer=_begin, initargs=arguments
+        min(workers, max(1, len(chunks))), mp_context=get_context("fork"), initializer=_begin, initargs=sources
     ) as pool:
         for chunk, (found, num_rounded) in zip(chunks, pool.map(_compare_all, chunks), strict=True):
             differences += found
@@ -98,10 +101,10 @@ def _pairs(left: Source, right: Source) -> tuple[list[tuple[Piece, Piece]], list
 _sources: tuple[Source, Source] | None = None
 
 
-def _begin(left: tuple[str, str], right: tuple[str, str]) -> None:
+def _begin(left: Source, right: Source) -> None:
     global _sources
     torch.set_num_threads(1)
-    _sources = tuple(open_source(Path(path), kind) for path, kind in (left, right))
+    _sources = left, right
 
 
 def _compare_all(pairs: list[tuple[Piece, Piece]]) -> tuple[list[Difference], int]:

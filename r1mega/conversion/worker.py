@@ -7,17 +7,19 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 
 from r1mega.conversion.hf_source import HfSource, Plain
-from r1mega.conversion.megatron_source import MegatronSource
 from r1mega.conversion.plan import APPENDED, Part, Work, dist_file
 from r1mega.conversion.scratch import Scratch
 from r1mega.models import fp8_blocks
 from r1mega.models.safetensors_file import DTYPES, Stored, as_bytes, read_bytes, write_bytes
+
+if TYPE_CHECKING:  # it imports torch.distributed.checkpoint, which other conversions need not wait for
+    from r1mega.conversion.megatron_source import MegatronSource
 
 PROGRESS_FOLDER = ".progress"
 

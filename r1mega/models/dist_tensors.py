@@ -61,6 +61,13 @@ def pieces_of(fields: HfFields) -> Iterator[Piece]:
             yield from _pieces(slot, placement)
 
 
+def box_name(piece: Piece) -> str:
+    """The name of a box in records: its tensor's, and where it begins if it is not the whole."""
+    if piece.shape == piece.global_shape:
+        return piece.key
+    return f"{piece.key}[{','.join(map(str, piece.offset))}]"
+
+
 def _pieces(slot: Slot, placement: Placement) -> Iterator[Piece]:
     key = _key(slot, placement)
     groups = [(tensor,) for tensor in slot.tensors] if slot.op.stored_apart else [slot.tensors]

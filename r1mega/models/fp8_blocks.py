@@ -6,6 +6,7 @@ the matrix ends in is scaled as if it were padded with zeros.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 BLOCK = 128
@@ -14,6 +15,9 @@ SCALE_SUFFIX = "_scale_inv"
 # E4M3 bits shifted into place in fp32 make a number too small by the difference of the exponents' biases, 127 - 7.
 _REBIAS = 2.0**120
 _SIGN_EXPONENT_MANTISSA = 0x87F00000 - (1 << 32)
+# Eight values at a time, and as many as a cache holds.
+_LOW_SEVEN, _ONES, _SIGNS = (np.uint64(byte * 0x0101010101010101) for byte in (0x7F, 0x01, 0x80))
+_SCAN = 1 << 14
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -30,14 +34,13 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | No
     """
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError("a scale is NaN, infinite or not positive")
+    if _has_nan(weight):
+        raise ValueError("an FP8 value is NaN")
     rows, columns = weight.shape
     out = torch.empty(rows, columns, dtype=torch.bfloat16) if out is None else out
     wide = torch.empty(min(BLOCK, rows), columns, dtype=torch.int32)
     for block, first in enumerate(range(0, rows, BLOCK)):
         values = _decoded(weight[first : first + BLOCK], wide)
-        low, high = torch.aminmax(values)
-        if max(-float(low), float(high)) > E4M3_MAX / _REBIAS:
-            raise ValueError("an FP8 value is NaN")
         out[first : first + BLOCK].copy_(_scaled_back(values, scale[block]))
     return out
 
@@ -75,6 +78,19 @@ def _represents(scale: torch.Tensor, part: torch.Tensor, values: torch.Tensor) -
     again = _scaled_back(_decoded(again, torch.empty(again.shape, dtype=torch.int32)), scale)
     differs = (again.to(part.dtype) != part).any(0).float()
     return usable & (_of_blocks(differs) == 0)
+
+
+def _has_nan(fp8: torch.Tensor) -> bool:
+    """Whether any E4M3 value is NaN: all bits set but the sign's, which adding one to them carries over."""
+    codes = fp8.contiguous().view(torch.uint8).numpy().reshape(-1)
+    whole = codes.size // 8 * 8
+    eights = codes[:whole].view(np.uint64)
+    for first in range(0, eights.size, _SCAN):
+        sums = eights[first : first + _SCAN] & _LOW_SEVEN
+        sums += _ONES
+        if (sums & _SIGNS).any():
+            return True
+    return bool(((codes[whole:] & 0x7F) == 0x7F).any())
 
 
 def _decoded(fp8: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
