@@ -68,7 +68,29 @@ def read_header(path: Path) -> dict[str, dict]:
     if size != expected:
         word = "truncated" if size < expected else "too long"
         raise ValueError(f"{word}: {size} bytes, its header says {expected}")
+    _check_entries(tensors)
     return tensors
+
+
+def _check_entries(tensors: dict[str, dict]) -> None:
+    """Raise ValueError naming a tensor without a dtype, a shape or a place, or one that another overlaps."""
+    for name, entry in tensors.items():
+        dtype, shape, place = entry.get("dtype"), entry.get("shape"), entry["data_offsets"]
+        if not isinstance(dtype, str):
+            raise ValueError(f"{name}: its header gives no dtype")
+        if not _are_sizes(shape):
+            raise ValueError(f"{name}: its header gives no shape")
+        if not _are_sizes(place) or len(place) != 2 or place[0] > place[1]:
+            raise ValueError(f"{name}: its header gives no place in the file")
+    end = 0
+    for (begin, next_end), name in sorted((entry["data_offsets"], name) for name, entry in tensors.items()):
+        if begin != end:
+            raise ValueError(f"{name}: begins at byte {begin} of the data; must begin at {end}, where another ends")
+        end = next_end
+
+
+def _are_sizes(found: object) -> bool:
+    return isinstance(found, list) and all(type(number) is int and number >= 0 for number in found)
 
 
 def check_weights(directory: Path, field: str) -> list[Fault]:
@@ -92,7 +114,7 @@ def tensor_names(directory: Path) -> set[str]:
     if (directory / INDEX).exists():
         try:
             return set(read_json_object(directory / INDEX).get("weight_map") or {})
-        except ValueError:
+        except (ValueError, TypeError):
             return set()
     try:
         return set(read_header(directory / SINGLE))
@@ -122,6 +144,9 @@ def _check_sharded(directory: Path, field: str) -> list[Fault]:
         weight_map = read_json_object(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("no weight_map in it")
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise ValueError(f"weight_map has {name} in {shard!r}, which is no file name")
     except ValueError as error:
         return [_broken(field, index_path, error)]
     faults: list[Fault] = []

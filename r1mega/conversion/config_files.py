@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,11 @@ def parse_edits(texts: list[str]) -> dict[str, Any]:
             parsed = None
         kind = _EDITABLE[name]
         is_bool = isinstance(parsed, bool)
-        fits = is_bool if kind is bool else isinstance(parsed, kind | int) and not is_bool and parsed >= 0
-        if not fits:
-            raise ValueError(f"--set {text}: got {value!r}; must be a {kind.__name__} in JSON")
+        least = 1 if name in ("max_position_embeddings", "rope_theta") else 0
+        is_number = isinstance(parsed, kind | int) and not is_bool and least <= parsed < math.inf
+        if not (is_bool if kind is bool else is_number):
+            must = "true or false" if kind is bool else f"a finite {kind.__name__} in JSON, {least} or more"
+            raise ValueError(f"--set {text}: got {value!r}; must be {must}")
         found[name] = parsed
     return found
 
@@ -63,7 +66,9 @@ def edited(
     Raises ValueError where tied tables are asked for of a checkpoint that has two.
     """
     if changes.get("tie_word_embeddings") and not source["tie_word_embeddings"]:
-        raise ValueError("--set tie_word_embeddings=true: the checkpoint has its own output table, which would be lost")
+        raise ValueError(
+            "--set tie_word_embeddings=true: the checkpoint has its own output table, which would be lost; leave it so"
+        )
     new = dict(raw)
     for name, value in changes.items():
         if name == "rope_theta" and isinstance(raw.get("rope_parameters"), dict):
@@ -103,16 +108,22 @@ def keep(target: Path, fields: HfFields, tokenizer: Path) -> None:
     write(target, fields.path.parent, tokenizer, raw)
 
 
-def check_tokenizer(tokenizer: Path, fields: HfFields) -> None:
-    """Raise ValueError where the tokenizer has ids that the model's tables do not."""
+def check_tokenizer(tokenizer: Path, fields: HfFields, *, must_be: bool = False) -> None:
+    """Raise ValueError where the tokenizer has ids that the model's tables do not, or `must_be` and is not."""
+    if must_be and not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"--tokenizer {tokenizer}: holds no tokenizer; must hold one of {', '.join(TOKENIZER_FILES)}; name another"
+        )
     path = tokenizer / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         return
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         largest = max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
+        if type(largest) is not int:
+            raise TypeError(f"an id is {largest!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a tokenizer ({error!r}); restore it, or name another with --tokenizer") from None
     if largest >= fields["vocab_size"]:

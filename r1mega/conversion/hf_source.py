@@ -50,7 +50,7 @@ class HfSource:
         self.pieces = list(pieces_of(self.fields))
         faults += self._table_faults()
         fault_list(faults)
-        self._known_scales = known_scales(self.path)
+        self._known_scales = known_scales(self.path, self.pieces)
 
     def files(self) -> list[Path]:
         """The files that tensors are read from."""
@@ -134,7 +134,7 @@ class HfSource:
                     if first and own.dtype != first.dtype:
                         faults.append(
                             f"{self.path}: {own.name}: got {own.dtype}; must be {first.dtype} as {first.name}, "
-                            "which it repeats"
+                            "which it repeats; restore the file"
                         )
         extra = sorted(self.names() - expected)
         if extra:
@@ -156,17 +156,18 @@ class HfSource:
         if stored.dtype not in (*_PLAIN, *(("F8_E4M3",) if is_fp8 else ())):
             allowed = " or ".join((*_PLAIN, "F8_E4M3") if is_fp8 else _PLAIN)
             why = "" if is_fp8 else "; FP8 is known for linear layers of a checkpoint whose config.json says so"
-            faults.append(f"{where}: got dtype {stored.dtype}; must be {allowed}{why}")
+            faults.append(f"{where}: got dtype {stored.dtype}; must be {allowed}{why}; restore the file")
         scale = self.stored.get(tensor.name + SCALE_SUFFIX)
         if stored.dtype == "F8_E4M3" and tensor.fp8:
             blocks = fp8_blocks.scale_shape(tensor.shape)
             if scale is None:
-                faults.append(f"{where}: its scales {tensor.name}{SCALE_SUFFIX} are missing; FP8 means nothing without")
+                faults.append(f"{where}: its scales {tensor.name}{SCALE_SUFFIX} are missing; restore the file")
             elif (scale.dtype, scale.shape) != ("F32", blocks):
                 got = f"{scale.dtype} {scale.shape}"
-                faults.append(f"{where}{SCALE_SUFFIX}: got {got}; must be F32 {blocks}, one for each 128 x 128 block")
+                must = f"F32 {blocks}, one for each 128 x 128 block"
+                faults.append(f"{where}{SCALE_SUFFIX}: got {got}; must be {must}; restore the file")
         elif scale is not None:
-            faults.append(f"{where}: {stored.dtype}, yet it has scales {scale.name}; one of the two is wrong")
+            faults.append(f"{where}: {stored.dtype}, yet it has scales {scale.name}; restore the file")
         return faults
 
 
@@ -188,11 +189,28 @@ def _stored(path: Path) -> tuple[dict[str, Stored], list[str]]:
     return found, faults
 
 
-def known_scales(path: Path) -> dict[str, Stored]:
-    """Name of a weight -> where its former scales stand beside the checkpoint."""
+def known_scales(path: Path, pieces: list[Piece]) -> dict[str, Stored]:
+    """Name of a weight -> where its former scales stand beside the checkpoint.
+
+    Raises ValueError naming the file and a tensor in it that is not the scales of one of the pieces' weights.
+    """
     if not (path / SCALES_FILE).exists():
         return {}
-    return {stored.name.removesuffix(SCALE_SUFFIX): stored for stored in read_header(path / SCALES_FILE)}
+    weights = {tensor.name + SCALE_SUFFIX: tensor for piece in pieces for tensor in piece.tensors if tensor.fp8}
+    found, faults = {}, []
+    for stored in read_header(path / SCALES_FILE):
+        weight = weights.get(stored.name)
+        blocks = None if weight is None else fp8_blocks.scale_shape(weight.shape)
+        if weight is not None and (stored.dtype, stored.shape) == ("F32", blocks):
+            found[weight.name] = stored
+            continue
+        must = f"F32 {blocks}" if blocks else f"the scales of a linear layer ({SCALE_SUFFIX})"
+        faults.append(
+            f"{path / SCALES_FILE}: {stored.name}: got {stored.dtype} {stored.shape}; must be {must}; restore the "
+            "file, or move it away to have the scales made anew from the weights"
+        )
+    fault_list(faults)
+    return found
 
 
 def read_stored(path: Path, stored: Stored | None) -> torch.Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
 import pickle
 from dataclasses import replace
@@ -10,7 +12,7 @@ from pathlib import Path
 import torch
 import xxhash
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -43,19 +45,14 @@ class MegatronSource:
                 f"{self._folder / METADATA}: no such file; --megatron must name a converted checkpoint, or a run's "
                 "checkpoints/update-N"
             )
-        self._metadata = _metadata(self._folder)
+        self._metadata, self._tensors = _metadata(self._folder)
         self._reader = FileSystemReader(self._folder)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        self._tensors = {
-            key: tensor
-            for key, tensor in self._metadata.state_dict_metadata.items()
-            if isinstance(tensor, TensorStorageMetadata) and not key.startswith(_OTHERS)
-        }
         fields = hf_fields.read(self.path, drop_mtp=True)
         self.fields = replace(fields, num_mtp_layers=int(any(key.startswith("mtp.") for key in self._tensors)))
         self.pieces = list(pieces_of(self.fields))
         fault_list(self._table_faults() + self._file_faults())
-        self._known_scales = known_scales(self.path)
+        self._known_scales = known_scales(self.path, self.pieces)
 
     def files(self) -> list[Path]:
         """The files that tensors are read from."""
@@ -107,12 +104,19 @@ class MegatronSource:
             self._tensors[piece.key],
             [ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape))],
         )
+        if not _fill(items, piece.shape):
+            raise ValueError(
+                f"{self._folder / METADATA}: {box_name(piece)}: its stored parts overlap or leave gaps; restore the "
+                "checkpoint or choose another"
+            )
         try:
             self._reader.read_data(LoadPlan(items), _IntoBox(box)).wait()
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        except Exception as error:  # damaged bytes make torch.load raise nearly anything
+            reason = error.strerror if isinstance(error, OSError) else f"its bytes are damaged ({_line_of(error)})"
+            files = {self._metadata.storage_data[item.storage_index].relative_path for item in items}
             raise ValueError(
-                f"{self._folder}: {piece.key}: {reason}; must be whole; restore the checkpoint or choose another"
+                f"{self._folder / ', '.join(sorted(files))}: {box_name(piece)}: {reason}; restore the checkpoint or "
+                "choose another"
             ) from None
         plains = [
             Plain(value.contiguous(), read_stored(self.path, self._known_scales.get(tensor.name)))
@@ -132,7 +136,7 @@ class MegatronSource:
             found = self._tensors.get(piece.key)
             if found is None:
                 if first_seen:
-                    faults.append(f"{self._folder}: tensor {piece.key} is missing; config.json needs it")
+                    faults.append(f"{self._folder}: tensor {piece.key} is missing; config.json needs it; restore both")
                 continue
             if first_seen:
                 faults += self._tensor_faults(piece, found)
@@ -151,11 +155,13 @@ class MegatronSource:
         is_table = piece.slot.axis == "tp" and piece.slot.layer is None and piece.slot.expert is None
         rows_fit = got[:1] >= piece.global_shape[:1] if is_table else got[:1] == piece.global_shape[:1]
         if not rows_fit or got[1:] != piece.global_shape[1:]:
-            return [f"{where}: got shape {got}; config.json makes it {piece.global_shape}"]
+            return [f"{where}: got shape {got}; config.json makes it {piece.global_shape}; restore both"]
         if found.properties.dtype not in DTYPES.values():
-            return [f"{where}: got dtype {found.properties.dtype}; must be float"]
+            return [f"{where}: got dtype {found.properties.dtype}; must be float; choose another checkpoint"]
         if sum(math.prod(chunk.sizes) for chunk in found.chunks) != math.prod(got):
-            return [f"{where}: its {len(found.chunks)} stored parts do not make up its shape {got}"]
+            return [f"{where}: its {len(found.chunks)} stored parts do not make up its shape {got}; restore it"]
+        if any(MetadataIndex(piece.key, chunk.offsets) not in self._metadata.storage_data for chunk in found.chunks):
+            return [f"{self._folder / METADATA}: {piece.key}: names no file for a part of it; restore the checkpoint"]
         return []
 
     def _file_faults(self) -> list[str]:
@@ -176,17 +182,57 @@ class MegatronSource:
         return faults
 
 
-def _metadata(folder: Path) -> Metadata:
+def _metadata(folder: Path) -> tuple[Metadata, dict[str, TensorStorageMetadata]]:
+    """The checkpoint's metadata, and the weights among its tensors. Raises ValueError where it is damaged."""
     try:
-        found = FileSystemReader(folder).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, ValueError, IndexError) as error:
+        # Not pickle.load: one flipped bit can make it fill the memory.
+        found = pickle._Unpickler(io.BytesIO((folder / METADATA).read_bytes())).load()
+        assert isinstance(found, Metadata), f"holds a {type(found).__name__}"
+        tensors = {
+            key: tensor
+            for key, tensor in found.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata) and not key.startswith(_OTHERS)
+        }
+        _check_kinds(found, tensors)
+    except Exception as error:  # damaged bytes make unpickling raise nearly anything
         raise ValueError(
-            f"{folder / METADATA}: {error or type(error).__name__}; must be what torch.distributed.checkpoint wrote; "
-            "restore the checkpoint"
+            f"{folder / METADATA}: {_line_of(error)}; must be what torch.distributed.checkpoint wrote; restore the "
+            "checkpoint"
         ) from None
-    if not isinstance(found, Metadata):
-        raise ValueError(f"{folder / METADATA}: holds a {type(found).__name__}; must be a checkpoint's metadata")
-    return found
+    return found, tensors
+
+
+def _check_kinds(metadata: Metadata, tensors: dict[str, TensorStorageMetadata]) -> None:
+    """Raise an exception where what is read of the metadata is not there, or of another kind."""
+    for index, info in metadata.storage_data.items():
+        if index.fqn in tensors:
+            numbers = (info.offset, info.length)
+            assert isinstance(info.relative_path, str), f"{index.fqn} is in {info.relative_path!r}, which is no file"
+            assert all(type(number) is int and number >= 0 for number in numbers), f"{index.fqn} is at {numbers}"
+    for key, tensor in tensors.items():
+        assert isinstance(tensor.properties.dtype, torch.dtype), f"{key} has no dtype"
+        for chunk in tensor.chunks:
+            sizes = (tensor.size, chunk.offsets, chunk.sizes)
+            assert all(isinstance(size, tuple) for size in sizes), f"{key} has a part without a place"
+            assert len({len(size) for size in sizes}) == 1, f"{key} has a part of other dimensions"
+
+
+def _line_of(error: Exception) -> str:
+    """One line that says what was wrong. torch's advice to load without care is left out."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, pickle.UnpicklingError) or not lines:
+        return type(error).__name__
+    text = lines[0][:200]
+    return text if isinstance(error, AssertionError | RuntimeError | OSError) else f"{type(error).__name__}: {text}"
+
+
+def _fill(items: list[ReadItem], shape: tuple[int, ...]) -> bool:
+    """Whether the items fill a box of a shape: as large together, and no two overlap."""
+    places = [list(zip(item.dest_offsets, item.lengths, strict=True)) for item in items]
+    return sum(math.prod(item.lengths) for item in items) == math.prod(shape) and not any(
+        all(a < b + length_b and b < a + length_a for (a, length_a), (b, length_b) in zip(one, other, strict=True))
+        for one, other in itertools.combinations(places, 2)
+    )
 
 
 class _IntoBox(LoadPlanner):

@@ -81,8 +81,8 @@ def convert(request: Request, progress: Callable[[int, int], None] = lambda done
     source = open_source(request.source, request.source_kind)
     config, edits, plan = _plan(request, source)
     tokenizer = request.tokenizer or request.source
-    config_files.check_tokenizer(tokenizer, source.fields)
-    partial = request.out.with_name(request.out.name + PARTIAL)
+    config_files.check_tokenizer(tokenizer, source.fields, must_be=request.tokenizer is not None)
+    partial = _partial(request)
     with _begun(partial, _fingerprint(request, source, plan), plan):
         kept = [part for part in plan.parts if finished(partial, part) is not None]
         _check_space(partial, plan, kept)
@@ -97,18 +97,27 @@ def convert(request: Request, progress: Callable[[int, int], None] = lambda done
         _complete(request, partial, plan, works)
         copied = config_files.write(partial, request.source, tokenizer, config)
         proof.write(partial, request, source, report, [str(edit) for edit in edits], copied)
-        shutil.rmtree(partial / PROGRESS_FOLDER)
-    partial.rename(request.out)
+        if os.path.lexists(request.out):
+            raise ConversionError(
+                f"--out {request.out}: appeared while {partial} was written; move it away and run the command again"
+            )
+        partial.rename(request.out)
+    shutil.rmtree(request.out / PROGRESS_FOLDER, ignore_errors=True)
     return Outcome(request.out, len(report.sources), total, plan.write_bytes, len(kept), len(plan.parts), edits)
 
 
 def open_source(path: Path, kind: str) -> HfSource | MegatronSource:
     """The checkpoint of the kind "hf" or "megatron". Raises ValueError for all that is wrong with it."""
-    if kind == "hf":
-        return HfSource(path)
-    from r1mega.conversion.megatron_source import MegatronSource
+    try:
+        if kind == "hf":
+            return HfSource(path)
+        from r1mega.conversion.megatron_source import MegatronSource
 
-    return MegatronSource(path)
+        return MegatronSource(path)
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename or path}: {error.strerror}; must be readable; mend the path or its permissions"
+        ) from error
 
 
 def _plan(request: Request, source: HfSource | MegatronSource) -> tuple[dict[str, Any], list[Edit], ConversionPlan]:
@@ -131,13 +140,20 @@ def _pairs(read: list[Piece], made: list[Piece]) -> Iterator[tuple[Piece, Piece]
 
 
 def _check_places(request: Request) -> None:
-    source, out = request.source.resolve(), request.out.resolve()
+    source, out, partial = (path.resolve() for path in (request.source, request.out, _partial(request)))
     if os.path.lexists(request.out):
         raise ValueError(f"--out {request.out}: exists; must be a new directory; choose another or move it away")
-    if out.is_relative_to(source) or source.is_relative_to(out):
-        raise ValueError(f"--out {request.out}: must stand outside the source {request.source}; choose another")
+    if any(place.is_relative_to(source) or source.is_relative_to(place) for place in (out, partial)):
+        raise ValueError(
+            f"--out {request.out}: it and {partial} must stand outside the source {request.source}; choose another"
+        )
     if request.workers < 1:
         raise ValueError(f"--workers {request.workers}: must be at least 1")
+
+
+def _partial(request: Request) -> Path:
+    """OUT under its unfinished name."""
+    return request.out.with_name(request.out.name + PARTIAL)
 
 
 def _fingerprint(request: Request, source: HfSource | MegatronSource, plan: ConversionPlan) -> str:
@@ -153,6 +169,11 @@ def _begun(partial: Path, fingerprint: str, plan: ConversionPlan) -> Iterator[No
     """Hold OUT.partial for this process, with the heads of all files in it: made anew, or found as this work's."""
     progress = partial / PROGRESS_FOLDER
     try:
+        if partial.is_dir() and not progress.is_dir() and any(partial.iterdir()):
+            raise ValueError(
+                f"{partial}: holds files that no unfinished conversion left; delete it or move it away, or choose "
+                "another --out"
+            )
         progress.mkdir(parents=True, exist_ok=True)
         with open(progress / "lock", "w", encoding="utf-8") as lock:
             try:
@@ -164,7 +185,9 @@ def _begun(partial: Path, fingerprint: str, plan: ConversionPlan) -> Iterator[No
             stamp = progress / "fingerprint"
             if not stamp.exists():
                 _lay_files(partial, plan)
-                stamp.write_text(fingerprint, encoding="utf-8")
+                unfinished = progress / "fingerprint.tmp"
+                unfinished.write_text(fingerprint, encoding="utf-8")
+                unfinished.replace(stamp)
             elif stamp.read_text(encoding="utf-8") != fingerprint:
                 raise ValueError(
                     f"{partial}: was begun from another source, by other options or another release; "
@@ -172,10 +195,9 @@ def _begun(partial: Path, fingerprint: str, plan: ConversionPlan) -> Iterator[No
                 )
             yield
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
         raise ConversionError(
-            f"{where}{error.strerror}; {partial} keeps what is done; make room or mend the path, then run the same "
-            "command again"
+            f"{error.filename or partial}: {error.strerror or error}; {partial} keeps what is done; make room or mend "
+            "the path, then run the same command again"
         ) from error
 
 
@@ -253,7 +275,8 @@ def _complete(request: Request, partial: Path, plan: ConversionPlan, works: list
 
         dist_metadata.write(partial, (entry for work in works for entry in work["to"] if "key" in entry))
         return
-    (partial / MODEL_FOLDER).rmdir()
+    if (partial / MODEL_FOLDER).is_dir():  # not where an earlier run was stopped after this line
+        (partial / MODEL_FOLDER).rmdir()
     outputs = [output for part in plan.parts for work in part.works for output in work.outputs]
     if len({output.file for output in outputs}) > 1:
         index = {

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +54,14 @@ class Worker:
         """Boxes end to end, each as torch.save writes it, which is how a distributed checkpoint stores them."""
         name, works = dist_file(part), []
         with open(self._target / name, "wb", buffering=0) as file:
+            sink = _Sink(file)
             for work in part.works:
                 plains, digests = self._source.read(work.piece, self._scratch)
                 box = work.made.to_megatron([plain.value for plain in plains])
                 (output,) = work.outputs
                 assert box.dtype == DTYPES[output.dtype], (output, box.dtype)
                 at = file.tell()
-                torch.save(_own(box), file)
+                sink.save(_own(box))
                 entry = _entry(output, box) | {"file": name, "at": at, "nbytes": file.tell() - at}
                 entry |= {"key": work.made.key, "offset": work.made.offset, "of": work.made.global_shape}
                 works.append({"from": digests, "to": [entry, *self._put_scales(work, plains)]})
@@ -77,6 +79,40 @@ class Worker:
         return _entry(output, tensor) | {"file": output.file, "at": output.at, "nbytes": output.nbytes}
 
 
+class _Sink:
+    """An unbuffered file as torch.save needs it, which takes what a short write leaves for written.
+
+    One write takes 2 GB at most, and less where the disk is nearly full.
+    """
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self._error: OSError | None = None
+
+    def save(self, tensor: torch.Tensor) -> None:
+        """Append the tensor. Raises OSError naming the file."""
+        try:
+            torch.save(tensor, self)
+        except (OSError, RuntimeError):  # torch makes either of an error of `write`
+            if self._error is None:
+                raise
+            raise self._error from None
+
+    def write(self, data: bytes) -> int:
+        """Write all of the data."""
+        view, done = memoryview(data).cast("B"), 0
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self._error = OSError(error.errno, error.strerror, self._file.name)
+            raise
+        return done
+
+    def flush(self) -> None:
+        """Nothing: the file has no buffer."""
+
+
 def record_path(target: Path, index: int) -> Path:
     """The record of a finished part."""
     return target / PROGRESS_FOLDER / f"part-{index:05d}.json"
@@ -90,7 +126,7 @@ def finished(target: Path, part: Part) -> list[dict[str, Any]] | None:
         return None
     try:
         is_whole = all(_stands(target, entry) for work in works for entry in work["to"])
-    except (OSError, ValueError, RuntimeError, EOFError):
+    except Exception:  # damaged bytes make torch.load raise nearly anything
         return None
     return works if is_whole else None
 

@@ -12,6 +12,7 @@ import torch
 BLOCK = 128
 E4M3_MAX = 448.0
 SCALE_SUFFIX = "_scale_inv"
+_LARGEST_SCALE = 2.0**119  # 448 times it is still a bf16 number
 # E4M3 bits shifted into place in fp32 make a number too small by the difference of the exponents' biases, 127 - 7.
 _REBIAS = 2.0**120
 _SIGN_EXPONENT_MANTISSA = 0x87F00000 - (1 << 32)
@@ -30,10 +31,10 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | No
     """bf16 [out, in] of a weight [out, in] in float8_e4m3fn and its scales [blocks, blocks] in fp32.
 
     The product is taken in fp32 and rounded once, into `out` where it is given. Raises ValueError where the weight
-    holds NaN or a scale is not a positive finite number.
+    holds NaN, or a scale is not a positive finite number or makes a weight infinite.
     """
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise ValueError("a scale is NaN, infinite or not positive")
+    if not bool(((scale > 0) & (scale <= _LARGEST_SCALE)).all()):
+        raise ValueError("a scale is NaN, infinite or not positive, or above 2^119, beyond which bf16 ends")
     if _has_nan(weight):
         raise ValueError("an FP8 value is NaN")
     rows, columns = weight.shape
@@ -48,7 +49,7 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | No
 def quantize(weight: torch.Tensor, known_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(float8_e4m3fn [out, in], scales fp32 [blocks, blocks]) of a weight [out, in] in bf16 or fp32.
 
-    The scale of a block is its largest absolute value / 448, and 1 where all are zero. Rounding to bf16 loses the last
+    The scale of a block is its largest absolute value / 448, and 1 where that is zero. Rounding to bf16 loses the last
     bits of a scale; `known_scale`, the scales that the weight once came from, brings them back: a block that they
     represent exactly keeps its own. Raises ValueError where the weight holds NaN or infinity.
     """
@@ -62,7 +63,8 @@ def quantize(weight: torch.Tensor, known_scale: torch.Tensor | None = None) -> t
         largest = _of_blocks(torch.maximum(values.amax(0), -values.amin(0)))
         if not bool(torch.isfinite(largest).all()):
             raise ValueError("a weight is NaN or infinite")
-        scales[block] = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
+        own = largest / E4M3_MAX
+        scales[block] = torch.where(own > 0, own, 1.0)  # 0 also where all are too small for a scale in fp32
         if known_scale is not None:
             fits = _represents(known_scale[block], part, values)
             scales[block] = torch.where(fits, known_scale[block], scales[block])

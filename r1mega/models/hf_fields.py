@@ -8,6 +8,7 @@ of a checkpoint in one spelling, whichever release of transformers wrote them (`
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 _REMEDY = {
     "quantization_config": "convert it: python tools/convert_checkpoint.py hf-to-hf --hf DIR --out DIR --dtype bf16"
 }
+# The kinds of numbers that other fields and shapes are reckoned from.
+_COUNTS = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "moe_intermediate_size", "n_routed_experts", "kv_lora_rank", "q_lora_rank",
+    "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "head_dim", "n_group", "topk_group", "num_experts_per_tok",
+}  # fmt: skip
+_COUNTS_OR_ZERO = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"}
+_NUMBERS = {"rms_norm_eps", "initializer_range", "routed_scaling_factor", "rope_theta"}
+_MAX_COUNT = {"num_hidden_layers": 10_000, "n_routed_experts": 10_000}  # beyond, the table alone would fill the memory
 # What DeepSeek's FP8 checkpoints say of themselves; how activations are quantised is the engine's affair.
 FP8_CONFIG = {
     "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
@@ -133,10 +143,14 @@ def read(checkpoint_dir: str | Path, *, drop_mtp: bool = False, allow_fp8: bool 
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(
-            f"{path}: no such file; must be a Hugging Face checkpoint's config.json; check model.hf"
+            f"{path}: no such file; must be a Hugging Face checkpoint's config.json; restore it, or name another folder"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); restore the file from its source") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; must be readable; mend the path or its permissions") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: a JSON {type(raw).__name__}; must be an object; restore the file from its source")
     fields = parse(raw, path, allow_fp8=allow_fp8)
     return fields if drop_mtp else replace(fields, num_mtp_layers=_num_mtp_layers(fields))
 
@@ -185,6 +199,9 @@ def parse(raw: dict[str, Any], path: Path = Path("config.json"), *, allow_fp8: b
     if family == "deepseek_v3":
         values |= {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
     values |= {name: value for name, value in raw.items() if value is not None or name == "q_lora_rank"}
+    found = _kind_problems(values)
+    if found:
+        raise ValueError("\n".join(f"{path}: {problem}; restore the file from its source" for problem in found))
     rope, found = _rope(raw, family)
     found += _field_problems(raw, values, family)
     found += _fp8_problems(quantization) if is_fp8 else []
@@ -193,6 +210,32 @@ def parse(raw: dict[str, Any], path: Path = Path("config.json"), *, allow_fp8: b
     if found:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in found))
     return HfFields(path=path, family=family, values=values, rope=rope, is_fp8=is_fp8)
+
+
+def _kind_problems(values: dict[str, Any]) -> list[str]:
+    """Fields whose value is not of the kind that the others are reckoned from."""
+    found = []
+    for name, value in values.items():
+        if value is None:
+            continue  # absent; what is missing is told elsewhere
+        if name in _COUNTS | _COUNTS_OR_ZERO:
+            least, most = int(name in _COUNTS), _MAX_COUNT.get(name, 1 << 31)
+            if type(value) is not int or not least <= value <= most:
+                found.append(f"{name}: got {value!r}; must be a whole number from {least} to {most}")
+        elif name in _NUMBERS and not _is_number(value):
+            found.append(f"{name}: got {value!r}; must be a number not below 0")
+        elif name == "tie_word_embeddings" and not isinstance(value, bool):
+            found.append(f"{name}: got {value!r}; must be true or false")
+        elif name in ("rope_scaling", "rope_parameters"):
+            if not isinstance(value, dict):
+                found.append(f"{name}: got {value!r}; must be an object")
+            elif not _is_number(value.get("rope_theta", 1)):
+                found.append(f"{name}.rope_theta: got {value['rope_theta']!r}; must be a number not below 0")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _field_problems(raw: dict[str, Any], values: dict[str, Any], family: str) -> list[str]:
@@ -210,8 +253,9 @@ def _field_problems(raw: dict[str, Any], values: dict[str, Any], family: str) ->
                 remedy = _REMEDY.get(name, f"only a model with {name}={_FIXED[name][0]!r} can be trained")
                 found.append(f"{name}: got {value!r}; honoured only at {_FIXED[name][0]!r}; {remedy}")
         elif name == "layer_types":
-            if any(kind != "full_attention" for kind in value or ()):
-                found.append(f"layer_types: got {sorted(set(value))}; only full_attention is honoured")
+            kinds = value if isinstance(value, list) else [value]
+            if any(kind not in ("full_attention", None) for kind in kinds):
+                found.append(f"layer_types: got {sorted(set(map(str, kinds)))}; only full_attention is honoured")
         elif name == "head_dim" and family == "qwen2":
             expected = raw["hidden_size"] // raw["num_attention_heads"]
             if value != expected:
@@ -234,7 +278,7 @@ def _field_problems(raw: dict[str, Any], values: dict[str, Any], family: str) ->
 def _fp8_problems(quantization: Any) -> list[str]:
     got = quantization if isinstance(quantization, dict) else {}
     return [
-        f"quantization_config.{name}: got {got.get(name)!r}; must be {value!r}; no other quantisation can be read"
+        f"quantization_config.{name}: got {got.get(name)!r}; must be {value!r}; take the checkpoint in bf16 instead"
         for name, value in FP8_CONFIG.items()
         if name != "activation_scheme" and got.get(name) != value
     ]

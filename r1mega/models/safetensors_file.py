@@ -59,7 +59,7 @@ def read_header(path: Path) -> list[Stored]:
 def read_bytes(path: Path, at: int, nbytes: int, into: torch.Tensor | None = None) -> torch.Tensor:
     """uint8 [nbytes] of a file, in the memory of `into` (uint8, as long or longer) where it is given.
 
-    Raises OSError; ValueError where the file ends before.
+    Raises OSError naming the file; ValueError where the file ends before.
     """
     buffer = torch.empty(nbytes, dtype=torch.uint8) if into is None else into[:nbytes]
     view = memoryview(buffer.numpy())
@@ -69,21 +69,26 @@ def read_bytes(path: Path, at: int, nbytes: int, into: torch.Tensor | None = Non
         while done < nbytes:
             got = os.preadv(handle, [view[done : done + (1 << 30)]], at + done)
             if got == 0:
-                raise ValueError(f"{path}: ends at byte {at + done}; its header promises {at + nbytes}; restore it")
+                size = os.fstat(handle).st_size
+                raise ValueError(f"{path}: ends at byte {size}; its header promises {at + nbytes}; restore it")
             done += got
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(handle)
     return buffer
 
 
 def write_bytes(path: Path, at: int, data: torch.Tensor) -> None:
-    """Write a tensor's bytes into a file that exists, from position `at` on. Raises OSError."""
+    """Write a tensor's bytes into a file that exists, from position `at` on. Raises OSError naming the file."""
     view = as_bytes(data)
     handle = os.open(path, os.O_WRONLY)
     try:
         done = 0
         while done < len(view):
             done += os.pwrite(handle, view[done : done + (1 << 30)], at + done)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(handle)
 
