@@ -54,7 +54,7 @@ class HfSource:
 
     def files(self) -> list[Path]:
         """The files that tensors are read from."""
-        return sorted({self.path / stored.file for stored in self.stored.values()})
+        return sorted({self.path / held.file for held in (*self.stored.values(), *self._known_scales.values())})
 
     def names(self) -> set[str]:
         """Every tensor of the checkpoint, scales and repeated ones too."""
@@ -85,18 +85,25 @@ class HfSource:
         digests: dict[str, str] = {}
         plains = [self._plain(tensor, str(index), scratch, digests) for index, tensor in enumerate(piece.tensors)]
         first = piece.tensors[0].name
-        for alias in piece.aliases:
+        for alias in self._aliases(piece):
             if alias.name in self.stored:
                 digests[alias.name] = _digest(self._raw(alias.name, scratch.take("alias", self.stored[first].nbytes)))
                 if digests[alias.name] != digests[first]:
                     raise ValueError(
-                        f"{self.path}: {alias.name}: differs from {first}; the multi-token-prediction layer shares "
-                        "that table with the model; make them equal in a copy of the checkpoint"
+                        f"{self.path}: {alias.name}: differs from {first}, which it repeats: the model shares "
+                        "one table; make them equal in a copy of the checkpoint"
                     )
         return plains, digests
 
+    def _aliases(self, piece: Piece) -> tuple[HfTensor, ...]:
+        """The piece's, and a tied output table that some writers store a second time."""
+        first = piece.tensors[0]
+        if self.fields["tie_word_embeddings"] and first.name == "model.embed_tokens.weight":
+            return (*piece.aliases, HfTensor("lm_head.weight", first.shape))
+        return piece.aliases
+
     def _reads(self, piece: Piece) -> Iterator[str]:
-        for tensor in (*piece.tensors, *piece.aliases):
+        for tensor in (*piece.tensors, *self._aliases(piece)):
             yield from (name for name in (tensor.name, tensor.name + SCALE_SUFFIX) if name in self.stored)
 
     def _raw(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -126,7 +133,7 @@ class HfSource:
             for tensor in piece.tensors:
                 expected |= {tensor.name, tensor.name + SCALE_SUFFIX}
                 faults += self._tensor_faults(tensor)
-            for alias in piece.aliases:
+            for alias in self._aliases(piece):
                 expected.add(alias.name)
                 if alias.name in self.stored:
                     faults += self._tensor_faults(alias)

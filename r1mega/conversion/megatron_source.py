@@ -56,13 +56,12 @@ class MegatronSource:
 
     def files(self) -> list[Path]:
         """The files that tensors are read from."""
-        return sorted(
-            {
-                self._folder / info.relative_path
-                for index, info in self._metadata.storage_data.items()
-                if index.fqn in self._tensors
-            }
-        )
+        found = {
+            self._folder / info.relative_path
+            for index, info in self._metadata.storage_data.items()
+            if index.fqn in self._tensors
+        }
+        return sorted(found | {self.path / scale.file for scale in self._known_scales.values()})
 
     def names(self) -> set[str]:
         """Every box of the checkpoint's weights, as `box_name` calls it."""

@@ -111,13 +111,18 @@ def plan_hf(
 
 
 def plan_megatron(source: Source, pairs: Sequence[tuple[Piece, Piece]]) -> ConversionPlan:
-    """A distributed checkpoint with every box of the target, one file for each part."""
+    """A distributed checkpoint with every box of the target, one file for each part.
+
+    Raises ValueError where tensors of different dtypes would share one of its tensors: it would round some of them.
+    """
     heads: dict[str, bytes] = {}
     sizes: dict[str, int] = {}
     scales = _plan_scales(source, pairs, heads, sizes)
     works = []
+    first: dict[str, HfTensor] = {}
     for (read, made), kept in zip(pairs, scales, strict=True):
-        dtype = source.dtype_of(read.tensors[0])
+        dtype = source.dtype_of(first.setdefault(made.key, read.tensors[0]))
+        _check_dtypes(source, read, first[made.key], made.key)
         output = Stored(box_name(made), dtype, made.shape, "", APPENDED, nbytes_of(dtype, made.shape))
         works.append(Work(read, made, (output,), kept))
     total = sum(work.outputs[0].nbytes for work in works)
@@ -127,6 +132,16 @@ def plan_megatron(source: Source, pairs: Sequence[tuple[Piece, Piece]]) -> Conve
 def dist_file(part: Part) -> str:
     """The file of a distributed checkpoint that a part writes, under the target's directory."""
     return f"{MODEL_FOLDER}/__{part.index}_0.distcp"
+
+
+def _check_dtypes(source: Source, piece: Piece, first: HfTensor, key: str) -> None:
+    for tensor in piece.tensors:
+        own, others = source.dtype_of(tensor), source.dtype_of(first)
+        if own != others:
+            raise ValueError(
+                f"{tensor.name}: got {own}; must be {others} as {first.name}, for Megatron keeps both in one tensor, "
+                f"{key}; give them one dtype, as by hf-to-hf --dtype bf16"
+            )
 
 
 def _entries(source: Source, origin: HfTensor, tensor: HfTensor, dtype: str | None, *, fp32: bool) -> Iterator[Entry]:

@@ -84,12 +84,14 @@ def convert(request: Request, progress: Callable[[int, int], None] = lambda done
     config_files.check_tokenizer(tokenizer, source.fields, must_be=request.tokenizer is not None)
     partial = _partial(request)
     with _begun(partial, _fingerprint(request, source, plan), plan):
-        kept = [part for part in plan.parts if finished(partial, part) is not None]
+        kept, missing = [], []
+        for part in plan.parts:
+            (missing if finished(partial, part) is None else kept).append(part)
         _check_space(partial, plan, kept)
         total = sum(part.read_bytes for part in plan.parts)
         done = sum(part.read_bytes for part in kept)
         progress(done, total)
-        for part in _made(request, source, partial, [part for part in plan.parts if part not in kept]):
+        for part in _made(request, source, partial, missing):
             done += part.read_bytes
             progress(done, total)
         works = [work for part in plan.parts for work in proof.read_record(partial, part)]
@@ -182,17 +184,15 @@ def _begun(partial: Path, fingerprint: str, plan: ConversionPlan) -> Iterator[No
                 raise ValueError(
                     f"{partial}: another conversion is writing here; wait for it or choose another --out"
                 ) from None
-            stamp = progress / "fingerprint"
-            if not stamp.exists():
-                _lay_files(partial, plan)
-                unfinished = progress / "fingerprint.tmp"
-                unfinished.write_text(fingerprint, encoding="utf-8")
-                unfinished.replace(stamp)
-            elif stamp.read_text(encoding="utf-8") != fingerprint:
+            stamp, temporary = progress / "fingerprint", progress / "fingerprint.tmp"
+            if stamp.exists() and stamp.read_text(encoding="utf-8") != fingerprint:
                 raise ValueError(
                     f"{partial}: was begun from another source, by other options or another release; "
                     "delete it to begin anew, or choose another --out"
                 )
+            _lay_files(partial, plan)
+            temporary.write_text(fingerprint, encoding="utf-8")
+            os.replace(temporary, stamp)
             yield
     except OSError as error:
         raise ConversionError(
@@ -202,9 +202,10 @@ def _begun(partial: Path, fingerprint: str, plan: ConversionPlan) -> Iterator[No
 
 
 def _lay_files(partial: Path, plan: ConversionPlan) -> None:
+    """Give every file its head and its length; what parts wrote into it stays."""
     (partial / MODEL_FOLDER).mkdir(exist_ok=True)
     for file, head in plan.heads.items():
-        with open(partial / file, "wb") as target:
+        with open(os.open(partial / file, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as target:
             target.write(head)
             target.truncate(plan.file_bytes[file])
 

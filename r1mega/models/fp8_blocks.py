@@ -11,8 +11,8 @@ import torch
 
 BLOCK = 128
 E4M3_MAX = 448.0
-SCALE_SUFFIX = "_scale_inv"
 _LARGEST_SCALE = 2.0**119  # 448 times it is still a bf16 number
+SCALE_SUFFIX = "_scale_inv"
 # E4M3 bits shifted into place in fp32 make a number too small by the difference of the exponents' biases, 127 - 7.
 _REBIAS = 2.0**120
 _SIGN_EXPONENT_MANTISSA = 0x87F00000 - (1 << 32)

@@ -10,8 +10,9 @@ import math
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,23 +38,41 @@ class Stored:
 
 
 def read_header(path: Path) -> list[Stored]:
-    """The tensors of a file, in no order. Raises ValueError naming the file where it is missing or not whole."""
+    """The tensors of a file, in no order. Raises ValueError naming the file where it is missing or not whole, and the
+    tensor where the header's places do not fill the file one after the other."""
     try:
         header = checkpoint_files.read_header(path)
         size = path.stat().st_size
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}; must be a whole safetensors file; restore it from its source") from None
-    base = size - max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    found = []
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
-        if dtype in DTYPES and end - begin != nbytes_of(dtype, shape):
+    found = [_entry(path, name, entry) for name, entry in header.items()]
+    filled = 0
+    for stored in sorted(found, key=lambda stored: (stored.at, stored.nbytes)):
+        if stored.at != filled:
             raise ValueError(
-                f"{path}: {name}: {end - begin} bytes for {dtype} of shape {shape}; its header is damaged; restore it"
+                f"{path}: {stored.name}: begins at byte {stored.at} of the data; must begin at {filled}, where the one "
+                "before it ends; its header is damaged; restore it"
             )
-        found.append(Stored(name, dtype, shape, path.name, base + begin, end - begin))
-    return found
+        filled += stored.nbytes
+    return [replace(stored, at=size - filled + stored.at) for stored in found]
+
+
+def _entry(path: Path, name: str, entry: dict[str, Any]) -> Stored:
+    """A tensor as the header has it, `at` counted from the beginning of the data."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        dtype, shape, begin, end = None, (), 0, 0
+    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError(
+            f"{path}: {name}: got {entry}; must have dtype, shape and two data_offsets; its header is damaged; "
+            "restore it"
+        )
+    if begin > end or (dtype in DTYPES and end - begin != nbytes_of(dtype, shape)):
+        raise ValueError(
+            f"{path}: {name}: {end - begin} bytes for {dtype} of shape {shape}; its header is damaged; restore it"
+        )
+    return Stored(name, dtype, shape, path.name, begin, end - begin)
 
 
 def read_bytes(path: Path, at: int, nbytes: int, into: torch.Tensor | None = None) -> torch.Tensor:

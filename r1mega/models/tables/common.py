@@ -9,15 +9,15 @@ from r1mega.models.hf_fields import HfFields
 from r1mega.models.param_map import QKV, Cut, GateUp, HfTensor, Slot, Vocabulary, Whole
 
 
-def embedding(fields: HfFields, alias: str | None = None) -> Slot:
-    """The embedding; `alias` is a second name it goes by in the checkpoint."""
+def embedding(fields: HfFields, *aliases: str) -> Slot:
+    """The embedding; `aliases` are other names it goes by in the checkpoint."""
     shape = (fields["vocab_size"], fields["hidden_size"])
     return Slot(
         "embedding.word_embeddings.weight",
         (HfTensor("model.embed_tokens.weight", shape),),
         Vocabulary(shape[0]),
         place="first",
-        aliases=(HfTensor(alias, shape),) if alias else (),
+        aliases=tuple(HfTensor(alias, shape) for alias in aliases),
     )
 
 

@@ -16,14 +16,16 @@ from r1mega.models.tables import common
 def slots(fields: HfFields) -> Iterator[Slot]:
     """Every parameter and the gate biases, in the order of the checkpoint."""
     mtp = f"model.layers.{fields['num_hidden_layers']}" if fields.num_mtp_layers else None
-    yield common.embedding(fields, alias=f"{mtp}.embed_tokens.weight" if mtp else None)
+    tables = [f"{mtp}.embed_tokens.weight", f"{mtp}.shared_head.head.weight"] if mtp else []
+    # Tied, both repeat the embedding: the output table is a copy of it.
+    yield common.embedding(fields, *(tables if fields["tie_word_embeddings"] else tables[:1]))
     for layer in range(fields["num_hidden_layers"]):
         yield from _attention(fields, layer)
         if layer < fields["first_k_dense_replace"]:
             yield from common.gated_mlp("mlp", "mlp", fields["hidden_size"], fields["intermediate_size"], layer)
         else:
             yield from _experts(fields, layer)
-    yield from common.head(fields, alias=f"{mtp}.shared_head.head.weight" if mtp else None)
+    yield from common.head(fields, alias=tables[1] if mtp and not fields["tie_word_embeddings"] else None)
     if mtp:
         yield from _multi_token_prediction(fields, mtp)
 
