@@ -15,6 +15,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 sys.path.insert(0, str(REPO / "tools"))  # as for the programs there
 from parity import tiny_checkpoints
+from parity.nursery import Nursery
 
 
 def write_checkpoint(path: Path, family: str, **options: Any) -> Path:
@@ -86,6 +87,14 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> type[InProcess]:
     for module in (run, verify):
         monkeypatch.setattr(module, "ProcessPoolExecutor", InProcess)
     return InProcess
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Starts worlds of CPU processes without the seconds that imports take in each rank."""
+    started = Nursery()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

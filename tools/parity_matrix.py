@@ -8,7 +8,7 @@ compared with a plain torch module written from the paper's equations.
 
     python tools/parity_matrix.py --json out.json
     python tools/parity_matrix.py --families qwen2 --layouts tp=2 cp=2
-    python tools/parity_matrix.py --break expert_reduction --families deepseek_v3 --layouts tp=2
+    python tools/parity_matrix.py --break expert_reduction gate_up --families deepseek_v3 --layouts tp=2
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ def parse_args() -> argparse.Namespace:
         default="with",
         help="the cells of recomputation and the like (default: with, unless --layouts chooses others)",
     )
-    parser.add_argument("--break", dest="broken", choices=BREAKS, help="make a known mistake, to see cells turn red")
+    parser.add_argument(
+        "--break",
+        dest="broken",
+        nargs="+",
+        choices=BREAKS,
+        default=[],
+        metavar="NAME",
+        help=f"make each of these known mistakes in each cell, to see it turn red: {', '.join(BREAKS)}",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layer-spec", choices=("torch", "te"), default="torch")
     parser.add_argument(
@@ -52,7 +60,7 @@ def main() -> int:
     if args.work:
         return run_rank(args)
     try:
-        planned = cells.plan(args.families, args.layouts, args.levers)
+        planned = cells.plan(args.families, args.layouts, args.levers, args.broken)
         with tempfile.TemporaryDirectory(prefix="parity_matrix-") as work:
             found = run_worlds(args, planned, Path(work))
     except ValueError as error:
@@ -119,9 +127,10 @@ def run_cell(args: argparse.Namespace, cell: dict) -> None:
 
     path = args.work / cell["family"]
     case = cells.case_of(path, cell)
-    with breaks.broken(args.broken):
+    with breaks.broken(cell["broken"]):
         policy = ranks.build(path, world, case, layer_spec=args.layer_spec, **cell["options"])
         found = ranks.answer(policy, path, case, chunk_tokens=100)
+        policy.close()
     if world.rank == 0:
         reference = torch.load(args.work / cells.reference_name(cell))
         cell |= ranks.compare(found, reference) | {"world_size": layout.world_size}

@@ -12,7 +12,6 @@ from r1mega.loop.state import RunState
 from r1mega.metrics.console import Console
 from r1mega.metrics.history import METRICS_FILE, read_metrics
 from r1mega.metrics.jsonl import JsonlWriter
-from r1mega.metrics.plots import plot_run
 from r1mega.metrics.sinks import Sinks, WandbOptions, open_sinks
 from r1mega.metrics.summary import summarize_metrics, write_summary
 from r1mega.metrics.timer import as_metrics
@@ -149,6 +148,8 @@ class RunLog:
         write_summary(
             self._dir, summarize_metrics(metrics) | self._facts | {"updates": state.update, "seconds": seconds}
         )
+        from r1mega.metrics.plots import plot_run  # matplotlib, which every other rank and every start does without
+
         for path in plot_run(self._dir):
             print(f"wrote {path}")
 

@@ -7,8 +7,9 @@ under its own name.
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException as DcpException
@@ -59,7 +61,23 @@ def save(policy: Trained, path: Path, *, asynchronous: bool = False) -> AsyncReq
     for name in policy.copies():
         with policy.weights(name):
             state[f"copy.{name}"] = _renamed(_held(_model_state(policy)), name)
-    return dist_checkpointing.save(state, str(path), content_metadata=_METADATA, async_sharded_save=asynchronous)
+    if asynchronous:
+        return dist_checkpointing.save(state, str(path), content_metadata=_METADATA, async_sharded_save=True)
+    with _results_in_this_process():
+        return dist_checkpointing.save(state, str(path), content_metadata=_METADATA)
+
+
+@contextmanager
+def _results_in_this_process() -> Iterator[None]:
+    """Let Megatron note what it has written in a plain queue while it saves synchronously.
+
+    Its own queue is for writers in another process: a server beside every rank holds it, which imports torch first.
+    """
+    before, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
 
 
 def load(policy: Trained, path: Path, copies: Sequence[str] = ()) -> None:

@@ -189,6 +189,15 @@ class MegatronPolicy:
         self.settle()
         yield from self.sharded.gather(wanted=wanted)
 
+    def close(self) -> None:
+        """Let go of the model, for process groups to end before the process does. The policy is of no more use.
+
+        Megatron's gradient hooks hold the model, and with it the groups and their threads, in a circle that runs
+        through autograd's nodes, where Python's collector does not see it.
+        """
+        for wrapped in self._wrapped:
+            wrapped.__dict__.clear()
+
     def copies(self) -> list[str]:
         """Names of the kept copies."""
         return sorted(self._copies)

@@ -1,4 +1,4 @@
-"""Starts a world of ranks for one case of world.py."""
+"""Runs a world of ranks for one case of world.py."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from r1mega.launch import local, supervise
+from r1mega.launch import local
 from r1mega.parallel.layout import Layout
 
 WORLD = Path(__file__).with_name("world.py")
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Callable[..., Path]:
+def world(tmp_path: Path, nursery) -> Callable[..., Path]:
     """`world(case, hf, layout, *options)` runs the case to its end and returns what it wrote."""
     count = 0
 
@@ -25,7 +25,7 @@ def world(tmp_path: Path) -> Callable[..., Path]:
         count += 1
         out = tmp_path / f"{case}-{count}"
         argv = [sys.executable, str(WORLD), case, "--hf", hf, "--layout", layout, "--out", out, *options]
-        result = supervise.run_world(
+        result = nursery.run_world(
             [str(part) for part in argv],
             Layout.parse(layout).world_size,
             log_dir=tmp_path / f"logs-{count}",

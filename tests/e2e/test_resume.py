@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -45,7 +45,8 @@ def rl(checkpoint: Path, files: Path, run_dir: Path) -> list[str]:
         "experiment=r1_zero_gsm8k", f"model.hf={checkpoint}", f"data.train={files}/rl.jsonl", f"run.dir={run_dir}",
         "algo.updates=6", "algo.questions_per_round=2", "algo.group_size=4", "algo.updates_per_round=2",
         "algo.kl_coef=1.0", "algo.reference_refresh=4", "rollout.max_tokens=24", "optim.lr=1e-3",
-        "optim.weight_decay=10", "model.moe_router_bias_update_rate=0.01", "checkpoint.every=2", *COMMON,
+        "optim.weight_decay=10", "model.moe_router_bias_update_rate=0.01", "checkpoint.every=2",
+        "data.template=plain", "reward.workers=0", *COMMON,
     ]  # fmt: skip
 
 
@@ -107,45 +108,71 @@ def assert_same_run(run_dir: Path, expected: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def killed_and_resumed(overrides: list[str], run_dir: Path, stopped: Path) -> subprocess.CompletedProcess[str]:
+    """Kill a run soon after its first checkpoint, keep a copy of what is left, and go on to the end."""
+    assert train_and_kill(*overrides, after=run_dir / "checkpoints" / "latest", seconds=0.1)
+    shutil.copytree(run_dir, stopped)
+    return train(*overrides, "run.resume=true")
+
+
 @pytest.fixture(scope="module")
-def whole_rl(checkpoint, files, tmp_path_factory) -> Path:
-    """An RL run that nobody stopped."""
-    run_dir = tmp_path_factory.mktemp("rl") / "run"
-    done = train(*rl(checkpoint("deepseek_v3"), files, run_dir))
+def rl_runs(checkpoint, files, tmp_path_factory):
+    """Folder of the RL runs, and by name how each ended, to come: a run is of one process, so two go side by side."""
+    folder = tmp_path_factory.mktemp("rl")
+    overrides = {
+        name: [*rl(checkpoint("deepseek_v3"), files, folder / name), *options]
+        for name, options in {
+            "whole": (),
+            "killed": (),
+            "killed-asynchronous": ("checkpoint.asynchronous=true",),
+            "offloading": ("memory.offload=true", "checkpoint.every=0"),
+        }.items()
+    }
+    pool = ThreadPoolExecutor(2)
+    yield (
+        folder,
+        {
+            name: pool.submit(killed_and_resumed, options, folder / name, folder / f"{name}-stopped")
+            if name.startswith("killed")
+            else pool.submit(train, *options)
+            for name, options in overrides.items()
+        },
+    )
+    pool.shutdown(cancel_futures=True)
+
+
+def ended(rl_runs: tuple[Path, dict[str, Future]], name: str) -> Path:
+    """The directory of the run when it has ended well."""
+    folder, runs = rl_runs
+    done = runs[name].result()
     assert done.returncode == 0, done.stderr
-    return run_dir
+    return folder / name
 
 
-def killed_rl(checkpoint, files, run_dir: Path) -> list[str]:
-    overrides = rl(checkpoint("deepseek_v3"), files, run_dir)
-    assert train_and_kill(*overrides, after=run_dir / "checkpoints" / "latest", seconds=0.3)
-    return overrides
+@pytest.fixture
+def whole_rl(rl_runs) -> Path:
+    """An RL run that nobody stopped."""
+    return ended(rl_runs, "whole")
 
 
-@pytest.mark.parametrize("options", [(), ("checkpoint.asynchronous=true",)], ids=["", "asynchronous"])
-def test_rl_goes_on_as_if_never_stopped(checkpoint, files, whole_rl, tmp_path, options):
-    run_dir = tmp_path / "run"
-    overrides = [*rl(checkpoint("deepseek_v3"), files, run_dir), *options]
-    assert train_and_kill(*overrides, after=run_dir / "checkpoints" / "latest", seconds=0.3)
-    resumed = train(*overrides, "run.resume=true")
-    assert resumed.returncode == 0, resumed.stderr
+@pytest.mark.parametrize("name", ["killed", "killed-asynchronous"])
+def test_rl_goes_on_as_if_never_stopped(rl_runs, whole_rl, name):
+    run_dir = ended(rl_runs, name)
     assert_same_run(run_dir, whole_rl)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
         "latest", "update-000002", "update-000004", "update-000006",
     ]  # fmt: skip
 
 
-def test_offloading_changes_nothing(checkpoint, files, whole_rl, tmp_path):
-    run_dir = tmp_path / "run"
-    done = train(*rl(checkpoint("deepseek_v3"), files, run_dir), "memory.offload=true", "checkpoint.every=0")
-    assert done.returncode == 0, done.stderr
-    assert_same_run(run_dir, whole_rl)
+def test_offloading_changes_nothing(rl_runs, whole_rl):
+    assert_same_run(ended(rl_runs, "offloading"), whole_rl)
 
 
-def test_rl_goes_on_at_another_layout(checkpoint, files, whole_rl, tmp_path):
+def test_rl_goes_on_at_another_layout(rl_runs, checkpoint, files, whole_rl, tmp_path):
     """fp32 sums in another order: gradient norms within 1e-5, weights after four more updates within 1e-5."""
     run_dir = tmp_path / "run"
-    overrides = killed_rl(checkpoint, files, run_dir)
+    shutil.copytree(ended(rl_runs, "killed").with_name("killed-stopped"), run_dir)
+    overrides = rl(checkpoint("deepseek_v3"), files, run_dir)
     resumed = train(*overrides, "run.resume=true", "parallel.tp=2")
     assert resumed.returncode == 0, resumed.stderr
     for mine, expected in zip(metrics_of(run_dir), metrics_of(whole_rl), strict=True):
@@ -159,12 +186,13 @@ def test_sft_goes_on_as_if_never_stopped(checkpoint, files, tmp_path):
     """On four processes, with the multi-token-prediction layer trained along."""
     source = checkpoint("deepseek_v3", mtp=True)
     options = ["parallel=tp2_pp2_ep2", "model.mtp=train"]
-    expected = train(*sft(source, files, tmp_path / "whole"), *options)
-    assert expected.returncode == 0, expected.stderr
     run_dir = tmp_path / "run"
     overrides = [*sft(source, files, run_dir), *options]
-    assert train_and_kill(*overrides, after=run_dir / "checkpoints" / "latest")
-    resumed = train(*overrides, "run.resume=true")
+    with ThreadPoolExecutor(1) as beside:
+        whole = beside.submit(train, *sft(source, files, tmp_path / "whole"), *options)
+        assert train_and_kill(*overrides, after=run_dir / "checkpoints" / "latest")
+        resumed, expected = train(*overrides, "run.resume=true"), whole.result()
+    assert expected.returncode == 0, expected.stderr
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(run_dir, tmp_path / "whole")
     started = load_file(source / "model.safetensors")
@@ -245,25 +273,30 @@ def test_a_changed_run_is_refused_by_field(checkpoint, files, whole_rl, tmp_path
     assert "must hold every tensor of this model" in other.stderr
 
 
+def replay(run_dir: Path, place: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "r1mega.cli", "replay", str(run_dir), *place.split()]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=120)
+
+
 def test_replay_gives_what_was_recorded(whole_rl, tmp_path):
-    argv = [sys.executable, "-m", "r1mega.cli", "replay"]
-    for place in ("round=1 update=2", "round=3 update=5"):
-        done = subprocess.run([*argv, str(whole_rl), *place.split()], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        answer = json.loads(done.stdout)
-        assert answer["identical"] and answer["recorded"] == answer["replayed"]
-    # negative control: one sample's reward changed in the record
     from r1mega.loop import rounds
 
+    # negative control: one sample's reward changed in the record
     run_dir = tmp_path / "run"
     shutil.copytree(whole_rl, run_dir)
     record = rounds.read(run_dir, 3)
     sample = record.groups[0].samples[0]
     sample.score = type(sample.score)(1.0, sample.score.parts)
     rounds.write(run_dir, record)
-    done = subprocess.run([*argv, str(run_dir), "round=3", "update=6"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "DIFFERS" in done.stderr
-    done = subprocess.run([*argv, str(run_dir), "round=7", "update=14"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "there are: 1 to 3" in done.stderr
+    asked = [(whole_rl, "round=1 update=2"), (whole_rl, "round=3 update=5"), (run_dir, "round=3 update=6")]
+    with ThreadPoolExecutor(2) as pool:
+        first, later, changed = pool.map(replay, *zip(*asked, strict=True))
+    for done in (first, later):
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["identical"] and answer["recorded"] == answer["replayed"]
+    assert changed.returncode == 1
+    assert "DIFFERS" in changed.stderr
+    absent = replay(run_dir, "round=7 update=14")
+    assert absent.returncode == 2
+    assert "there are: 1 to 3" in absent.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,11 @@ LEVERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 HEADER = f"{'family':<16} {'layout':<26} {'log-prob':>9} {'gradient':>9} {'weights':>9} {'bias':>7}  worst gradient"
 
 
-def plan(families: tuple[str, ...], layouts: list[str] | None, levers: str) -> list[dict]:
-    """The cells asked for; `levers` is with, without or only. Raises ValueError for a layout that cannot be read."""
+def plan(families: Sequence[str], layouts: list[str] | None, levers: str, broken: Sequence[str] = ()) -> list[dict]:
+    """The cells asked for, once for each mistake of `broken` where there are any; `levers` is with, without or only.
+
+    Raises ValueError for a layout that cannot be read.
+    """
     from r1mega.parallel.layout import Layout
 
     found = []
@@ -64,7 +68,7 @@ def plan(families: tuple[str, ...], layouts: list[str] | None, levers: str) -> l
             for family, layout, options in LEVERS
             if family in families
         ]
-    return found
+    return [cell | {"broken": name} for name in broken or (None,) for cell in found]
 
 
 def prepare(work: Path, families: tuple[str, ...]) -> dict[str, Any]:
@@ -122,15 +126,19 @@ def is_green(cell: dict) -> bool:
 
 
 def title(cell: dict) -> str:
-    """Family, layout and levers."""
-    levers = " ".join(f"{name}={value}" for name, value in cell["options"].items())
-    return f"{cell['family']:<16} {cell['layout']:<26}" + (f" {levers}" if levers else "")
+    """Family, layout, levers and mistake."""
+    return f"{cell['family']:<16} {cell['layout']:<26} {_extras(cell)}".rstrip()
 
 
 def line(cell: dict) -> str:
     """A compared cell as people read it."""
     numbers = [cell[name] for name in ("max_abs_diff", "max_rel_grad_diff", "max_rel_weight_diff")]
-    levers = " ".join(f"{name}={value}" for name, value in cell["options"].items())
     text = " ".join(f"{number:9.1e}" for number in numbers) + f" {cell['max_bias_diff']:7.0e}"
     verdict = "" if is_green(cell) else "  RED"
-    return f"{cell['family']:<16} {cell['layout']:<26} {text}  {cell['worst_tensor']} {levers}{verdict}"
+    return f"{cell['family']:<16} {cell['layout']:<26} {text}  {cell['worst_tensor']} {_extras(cell)}{verdict}"
+
+
+def _extras(cell: dict) -> str:
+    """The cell's levers and its mistake."""
+    extras = cell["options"] | ({"break": cell["broken"]} if cell["broken"] else {})
+    return " ".join(f"{name}={value}" for name, value in extras.items())

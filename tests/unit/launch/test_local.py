@@ -60,4 +60,5 @@ def test_only_the_cpu_goes_without_compilation() -> None:
     assert cpu["TORCHDYNAMO_DISABLE"] == "1"
     assert "TORCHDYNAMO_DISABLE" not in cuda
     assert cuda["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-    assert 1024 <= int(cpu["MASTER_PORT"]) < 65536
+    # Below those of outgoing connections: seconds pass before rank 0 listens on it.
+    assert 20_000 <= int(cpu["MASTER_PORT"]) < 32_768
