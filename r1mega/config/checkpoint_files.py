@@ -113,9 +113,10 @@ def tensor_names(directory: Path) -> set[str]:
     """Names of all tensors of a checkpoint directory, as far as its index and headers can be read."""
     if (directory / INDEX).exists():
         try:
-            return set(read_json_object(directory / INDEX).get("weight_map") or {})
-        except (ValueError, TypeError):
+            weight_map = read_json_object(directory / INDEX).get("weight_map")
+        except ValueError:
             return set()
+        return set(weight_map) if isinstance(weight_map, dict) else set()
     try:
         return set(read_header(directory / SINGLE))
     except (ValueError, OSError):

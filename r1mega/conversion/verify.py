@@ -149,7 +149,10 @@ def _agree_rounded(left: Plain, right: Plain) -> bool:
     """Whether rounding the finer of the two as a conversion does gives the other."""
     if left.is_fp8 != right.is_fp8:
         fp8, other = (left, right) if left.is_fp8 else (right, left)
-        again = fp8_blocks.dequantize(*fp8_blocks.quantize(other.value, other.scale))
+        try:
+            again = fp8_blocks.dequantize(*fp8_blocks.quantize(other.value, other.scale))
+        except ValueError:  # NaN or infinite, which no FP8 value is a rounding of
+            return False
         return torch.equal(_bits(again), _bits(fp8.value))
     if left.value.dtype == right.value.dtype:
         return False

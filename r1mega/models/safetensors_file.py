@@ -10,9 +10,8 @@ import math
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -38,41 +37,23 @@ class Stored:
 
 
 def read_header(path: Path) -> list[Stored]:
-    """The tensors of a file, in no order. Raises ValueError naming the file where it is missing or not whole, and the
-    tensor where the header's places do not fill the file one after the other."""
+    """The tensors of a file, in no order. Raises ValueError naming the file where it is missing or not whole."""
     try:
-        header = checkpoint_files.read_header(path)
+        header = checkpoint_files.read_header(path)  # one tensor after the other, without gaps
         size = path.stat().st_size
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}; must be a whole safetensors file; restore it from its source") from None
-    found = [_entry(path, name, entry) for name, entry in header.items()]
-    filled = 0
-    for stored in sorted(found, key=lambda stored: (stored.at, stored.nbytes)):
-        if stored.at != filled:
+    base = size - max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    found = []
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if dtype in DTYPES and end - begin != nbytes_of(dtype, shape):
             raise ValueError(
-                f"{path}: {stored.name}: begins at byte {stored.at} of the data; must begin at {filled}, where the one "
-                "before it ends; its header is damaged; restore it"
+                f"{path}: {name}: {end - begin} bytes for {dtype} of shape {shape}; its header is damaged; restore it"
             )
-        filled += stored.nbytes
-    return [replace(stored, at=size - filled + stored.at) for stored in found]
-
-
-def _entry(path: Path, name: str, entry: dict[str, Any]) -> Stored:
-    """A tensor as the header has it, `at` counted from the beginning of the data."""
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        dtype, shape, begin, end = None, (), 0, 0
-    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-        raise ValueError(
-            f"{path}: {name}: got {entry}; must have dtype, shape and two data_offsets; its header is damaged; "
-            "restore it"
-        )
-    if begin > end or (dtype in DTYPES and end - begin != nbytes_of(dtype, shape)):
-        raise ValueError(
-            f"{path}: {name}: {end - begin} bytes for {dtype} of shape {shape}; its header is damaged; restore it"
-        )
-    return Stored(name, dtype, shape, path.name, begin, end - begin)
+        found.append(Stored(name, dtype, shape, path.name, base + begin, end - begin))
+    return found
 
 
 def read_bytes(path: Path, at: int, nbytes: int, into: torch.Tensor | None = None) -> torch.Tensor:

@@ -60,7 +60,7 @@ def in_this_process() -> Iterator[None]:
 
 class Bench:
     """Checkpoints by name: `v3` with a multi-token-prediction layer in bf16, the same in three files (`sharded`), in
-    FP8 blocks (`fp8`), from those in bf16 again (`former_fp8`) and as Megatron's (`megatron`); `qwen2`, another model.
+    FP8 blocks (`fp8`), from those in bf16 again (`former_fp8`) and as Megatron's (`megatron`).
     """
 
     def __init__(self, checkpoints: Path, folder: Path) -> None:
@@ -111,7 +111,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the checkpoints that `Bench` names."""
     folder = tmp_path_factory.mktemp("checkpoints")
     v3 = write_checkpoint(folder / "v3", "deepseek_v3", dtype="bfloat16", mtp=True, num_hidden_layers=2)
-    write_checkpoint(folder / "qwen2", "qwen2", dtype="bfloat16", num_hidden_layers=2)
     shutil.copytree(v3, folder / "sharded")
     split(folder / "sharded", 3)
     with in_this_process():

@@ -173,6 +173,7 @@ FILE_CASES = [
     Case("index not JSON", "sharded", text(INDEX, "{"), f"{INDEX}: not JSON", "download or write the file again"),
     Case("index unreadable", "sharded", folder_for(INDEX), f"{INDEX}: cannot be read", "download or write"),
     Case("index without map", "sharded", text(INDEX, '{"weight_map": 7}'), f"{INDEX}: no weight_map", "download or"),
+    Case("index with a list", "sharded", text(INDEX, '{"weight_map": [7]}'), f"{INDEX}: no weight_map", "download or"),
     Case(
         "index with a number", "sharded", index(lambda i: i["weight_map"].update({WEIGHT: 2})),
         f"weight_map has {WEIGHT} in 2", "download or write",

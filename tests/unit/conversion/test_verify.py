@@ -75,6 +75,17 @@ def test_fp8_values_next_to_the_right_ones_are_not_excused_as_rounding(forms, tm
     assert difference.name == WEIGHT
 
 
+def test_a_number_that_fp8_cannot_hold_is_a_difference(forms, tmp_path):
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor[5, 7] = torch.nan
+        return tensor
+
+    other = changed(forms["bf16"][1], tmp_path / "other", WEIGHT, change)
+    (difference,) = verify(forms["fp8"], ("hf", other)).differences
+    assert difference.name == WEIGHT and difference.largest == torch.inf
+
+
 def test_a_tensor_that_one_side_lacks(checkpoint, in_process):
     with_bias, without = checkpoint("qwen2", dtype="bfloat16"), checkpoint("llama", dtype="bfloat16")
     found = verify(("hf", with_bias), ("hf", without)).differences
