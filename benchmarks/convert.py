@@ -12,8 +12,9 @@ as the BF16 source but for file heads, and its share is of the `cp -r` of that.
 
 Every timed command begins alike: its source was read through once just before, so that it is in the page cache as far
 as it fits, and `sync` has put on the disk what former commands wrote, which would otherwise hold this one's writes
-back. What a command wrote may still be in memory when it ends, with `cp` as with ours. Outputs are deleted after each.
-Use a file system without reflinks: where there are, `cp` copies nothing.
+back. What a command wrote may still be in memory when it ends, with `cp` as with ours. Outputs are deleted after each,
+and one `cp -r` of each source goes before the first round, so that no command is the first to ask a virtual machine's
+host for the memory of its output. Use a file system without reflinks: where there are, `cp` copies nothing.
 
 Memory is the largest sum over a command's processes, sampled every 50 ms: of resident sizes, where the pages of shared
 libraries count once for each process, and of what each process has for itself. The first must stay within
@@ -151,13 +152,18 @@ def removed(*folders: Path) -> Iterator[None]:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def take_copy(label: str, folder: Path, source: str) -> Measured:
+    """`cp -r` of a source."""
+    with removed(folder / "copy"):
+        command = ["cp", "-r", str(folder / source), str(folder / "copy")]
+        return measure(f"{label}: {copy_name(source)}", command, folder / source)
+
+
 def take_round(number: int, folder: Path, series: dict[str, Series], options: argparse.Namespace) -> None:
     """`cp -r` of each source and its conversions, once each, into `series`."""
     for source in options.sources:
         copy = series[copy_name(source)]
-        with removed(folder / "copy"):
-            command = ["cp", "-r", str(folder / source), str(folder / "copy")]
-            copy.runs.append(measure(f"round {number}: {copy.name}", command, folder / source))
+        copy.runs.append(take_copy(f"round {number}", folder, source))
         with removed(folder / "megatron"):
             for name in options.cases:
                 case = CONVERSIONS[name]
@@ -325,6 +331,8 @@ def run(folder: Path, options: argparse.Namespace) -> int:
         raise ValueError(f"{folder}: {free:,} bytes free; {needed:,.0f} are needed; name another disk with --dir")
     made = make_sources(folder, options)
     series = begin(made, options)
+    for source in made:
+        take_copy("not counted", folder, source)
     for number in range(1, options.rounds + 1):
         take_round(number, folder, series, options)
     peer = take_peer(made["bf16"], options.peer_python) if options.peer_python else None

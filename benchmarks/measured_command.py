@@ -49,7 +49,9 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> Measured:
             watch.end()
     if process.returncode != 0:
         raise RuntimeError(f"exit code {process.returncode}: {' '.join(command)}")
-    return Measured(seconds, _cpu_seconds_of_children() - cpu_before, watch.peak_rss, watch.peak_uss, stdout)
+    # The first leaves out a process that was never waited for, the second what came after the last sample.
+    cpu_seconds = max(_cpu_seconds_of_children() - cpu_before, watch.cpu_seconds())
+    return Measured(seconds, cpu_seconds, watch.peak_rss, watch.peak_uss, stdout)
 
 
 def _cpu_seconds_of_children() -> float:
@@ -75,6 +77,7 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True)
         self._root = psutil.Process(pid)
         self._ended = threading.Event()
+        self._cpu_seconds: dict[int, float] = {}
         self.peak_rss = self.peak_uss = 0
 
     def run(self) -> None:
@@ -87,6 +90,10 @@ class _Watch(threading.Thread):
         self._ended.set()
         if self.is_alive():
             self.join()
+
+    def cpu_seconds(self) -> float:
+        """What all processes had used when they were last seen."""
+        return sum(self._cpu_seconds.values())
 
     def kill(self) -> None:
         """End the processes at once."""
@@ -104,8 +111,9 @@ class _Watch(threading.Thread):
         rss = uss = 0
         for process in self._processes():
             try:
-                memory = process.memory_full_info()
+                memory, times = process.memory_full_info(), process.cpu_times()
             except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
                 continue
+            self._cpu_seconds[process.pid] = times.user + times.system
             rss, uss = rss + memory.rss, uss + memory.uss
         self.peak_rss, self.peak_uss = max(self.peak_rss, rss), max(self.peak_uss, uss)

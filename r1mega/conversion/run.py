@@ -223,14 +223,13 @@ def _made(request: Request, source: HfSource | MegatronSource, partial: Path, pa
     """Each part once it is made, by `request.workers` processes."""
     if not parts:
         return
-    cores = len(os.sched_getaffinity(0))
     workers = min(request.workers, len(parts))
     pool = ProcessPoolExecutor(
         workers,
         # Forked, they share the opened source and need not import torch again. This process has no threads by then.
         mp_context=multiprocessing.get_context("fork"),
         initializer=_begin_worker,
-        initargs=(source, partial, max(1, cores // workers)),
+        initargs=(source, partial),
     )
     waiting = iter(parts)
     running: dict[Future[None], Part] = {}
@@ -258,9 +257,9 @@ def _made(request: Request, source: HfSource | MegatronSource, partial: Path, pa
 _worker: Worker | None = None
 
 
-def _begin_worker(source: HfSource | MegatronSource, target: Path, threads: int) -> None:
+def _begin_worker(source: HfSource | MegatronSource, target: Path) -> None:
     global _worker
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # the operations are small, and threads that wait for each other slow them many times
     _worker = Worker(source, target)
 
 

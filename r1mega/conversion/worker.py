@@ -17,11 +17,12 @@ from r1mega.conversion.hf_source import HfSource, Plain
 from r1mega.conversion.plan import APPENDED, Part, Work, dist_file
 from r1mega.conversion.scratch import Scratch
 from r1mega.models import fp8_blocks
-from r1mega.models.safetensors_file import DTYPES, Stored, as_bytes, read_bytes, write_bytes
+from r1mega.models.safetensors_file import DTYPES, WRITE_BYTES, Stored, as_bytes, preallocate, read_bytes, write_bytes
 
 if TYPE_CHECKING:  # it imports torch.distributed.checkpoint, which other conversions need not wait for
     from r1mega.conversion.megatron_source import MegatronSource
 
+_WRAPPING = 2048  # bytes that torch.save needs for a tensor besides its own, at most
 PROGRESS_FOLDER = ".progress"
 
 
@@ -37,13 +38,19 @@ class Worker:
     def run(self, part: Part) -> None:
         """Write the part, then its record. Raises ValueError or OSError saying what went wrong."""
         is_dist = part.works[0].outputs[0].at == APPENDED
-        works = self._write_dist(part) if is_dist else [self._write_hf(work) for work in part.works]
+        works = self._write_dist(part) if is_dist else self._write_hf(part)
         path = record_path(self._target, part.index)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(works), encoding="utf-8")
         os.replace(temporary, path)
 
-    def _write_hf(self, work: Work) -> dict[str, Any]:
+    def _write_hf(self, part: Part) -> list[dict[str, Any]]:
+        """Tensors into their places in the file that all of the part goes to."""
+        first, last = part.works[0].outputs[0], part.works[-1].outputs[-1]
+        preallocate(self._target / first.file, first.at, last.at + last.nbytes - first.at)
+        return [self._write_tensors(work) for work in part.works]
+
+    def _write_tensors(self, work: Work) -> dict[str, Any]:
         plains, digests = self._source.read(work.piece, self._scratch)
         tensors = [tensor for plain in plains for tensor in _encoded(work, plain)]
         tensors += tensors[:1] * len(work.made.aliases)
@@ -55,6 +62,7 @@ class Worker:
         name, works = dist_file(part), []
         with open(self._target / name, "wb", buffering=0) as file:
             sink = _Sink(file)
+            preallocate(self._target / name, 0, sum(work.outputs[0].nbytes + _WRAPPING for work in part.works))
             for work in part.works:
                 plains, digests = self._source.read(work.piece, self._scratch)
                 box = work.made.to_megatron([plain.value for plain in plains])
@@ -65,6 +73,7 @@ class Worker:
                 entry = _entry(output, box) | {"file": name, "at": at, "nbytes": file.tell() - at}
                 entry |= {"key": work.made.key, "offset": work.made.offset, "of": work.made.global_shape}
                 works.append({"from": digests, "to": [entry, *self._put_scales(work, plains)]})
+            file.truncate()  # what was set aside beyond the end
         return works
 
     def _put_scales(self, work: Work, plains: list[Plain]) -> list[dict[str, Any]]:
@@ -80,10 +89,7 @@ class Worker:
 
 
 class _Sink:
-    """An unbuffered file as torch.save needs it, which takes what a short write leaves for written.
-
-    One write takes 2 GB at most, and less where the disk is nearly full.
-    """
+    """An unbuffered file as torch.save needs it, which takes what a short write leaves for written."""
 
     def __init__(self, file: FileIO) -> None:
         self._file = file
@@ -103,7 +109,7 @@ class _Sink:
         view, done = memoryview(data).cast("B"), 0
         try:
             while done < len(view):
-                done += self._file.write(view[done:])
+                done += self._file.write(view[done : done + WRITE_BYTES])
         except OSError as error:
             self._error = OSError(error.errno, error.strerror, self._file.name)
             raise
