@@ -17,7 +17,16 @@ from r1mega.conversion.hf_source import HfSource, Plain
 from r1mega.conversion.plan import APPENDED, Part, Work, dist_file
 from r1mega.conversion.scratch import Scratch
 from r1mega.models import fp8_blocks
-from r1mega.models.safetensors_file import DTYPES, WRITE_BYTES, Stored, as_bytes, preallocate, read_bytes, write_bytes
+from r1mega.models.safetensors_file import (
+    DTYPES,
+    WRITE_BYTES,
+    Stored,
+    as_bytes,
+    preallocate,
+    read_bytes,
+    settle,
+    write_bytes,
+)
 
 if TYPE_CHECKING:  # it imports torch.distributed.checkpoint, which other conversions need not wait for
     from r1mega.conversion.megatron_source import MegatronSource
@@ -48,7 +57,9 @@ class Worker:
         """Tensors into their places in the file that all of the part goes to."""
         first, last = part.works[0].outputs[0], part.works[-1].outputs[-1]
         preallocate(self._target / first.file, first.at, last.at + last.nbytes - first.at)
-        return [self._write_tensors(work) for work in part.works]
+        works = [self._write_tensors(work) for work in part.works]
+        settle(self._target / first.file, first.at, last.at + last.nbytes - first.at)
+        return works
 
     def _write_tensors(self, work: Work) -> dict[str, Any]:
         plains, digests = self._source.read(work.piece, self._scratch)
@@ -74,6 +85,7 @@ class Worker:
                 entry |= {"key": work.made.key, "offset": work.made.offset, "of": work.made.global_shape}
                 works.append({"from": digests, "to": [entry, *self._put_scales(work, plains)]})
             file.truncate()  # what was set aside beyond the end
+        settle(self._target / name, 0, 0)
         return works
 
     def _put_scales(self, work: Work, plains: list[Plain]) -> list[dict[str, Any]]:

@@ -116,6 +116,21 @@ def preallocate(path: Path, at: int, nbytes: int) -> None:
         os.close(handle)
 
 
+def settle(path: Path, at: int, nbytes: int) -> None:
+    """Put a stretch of a file on the disk and out of the page cache. Raises OSError naming the file.
+
+    What is written and not read again soon would fill the machine's memory with its pages.
+    """
+    handle = os.open(path, os.O_WRONLY)
+    try:
+        os.fdatasync(handle)
+        os.posix_fadvise(handle, at, nbytes, os.POSIX_FADV_DONTNEED)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(handle)
+
+
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """A contiguous tensor's memory."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
