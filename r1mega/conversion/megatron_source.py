@@ -21,7 +21,7 @@ from r1mega.conversion.hf_source import Plain, fault_list, known_scales, read_st
 from r1mega.conversion.scratch import Scratch
 from r1mega.models import hf_fields
 from r1mega.models.dist_tensors import Piece, box_name, pieces_of
-from r1mega.models.param_map import HfTensor
+from r1mega.models.param_map import HfTensor, Vocabulary
 from r1mega.models.safetensors_file import DTYPES, NAMES, as_bytes
 
 # What a training keeps beside the weights: the optimizer, and copies such as the reference.
@@ -151,7 +151,7 @@ class MegatronSource:
     def _tensor_faults(self, piece: Piece, found: TensorStorageMetadata) -> list[str]:
         where, got = f"{self._folder}: {piece.key}", tuple(found.size)
         # A vocabulary is padded to what the saving layout's tp divides.
-        is_table = piece.slot.axis == "tp" and piece.slot.layer is None and piece.slot.expert is None
+        is_table = isinstance(piece.slot.op, Vocabulary)
         rows_fit = got[:1] >= piece.global_shape[:1] if is_table else got[:1] == piece.global_shape[:1]
         if not rows_fit or got[1:] != piece.global_shape[1:]:
             return [f"{where}: got shape {got}; config.json makes it {piece.global_shape}; restore both"]
