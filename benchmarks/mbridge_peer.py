@@ -1,4 +1,3 @@
-# ruff: noqa: E402 (the device bridge must be laid before Megatron, and what imports it, is imported)
 """mbridge's loader of Hugging Face checkpoints as the other system: one process, CPU, gloo, no Transformer Engine.
 
 `python -m benchmarks.mbridge_peer HF_DIR` builds a deepseek_v3 model of Megatron-Core whose parameters have the names
