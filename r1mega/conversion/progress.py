@@ -24,7 +24,6 @@ class Bar:
         )  # fmt: skip
         self._task = self._progress.add_task(what, total=None)
         self._began = self._said = time.monotonic()
-        self._first: int | None = None
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -40,12 +39,10 @@ class Bar:
         self._progress.update(self._task, completed=done, total=total)
         self._progress.refresh()  # by hand: a process that forks should have no threads
         now = time.monotonic()
-        if self._first is None:
-            self._first = done  # found done already, which says nothing of the rate
         if self._console.is_terminal or now - self._said < _LINE_SECONDS:
             return
         self._said = now
-        rate = (done - self._first) / max(now - self._began, 1e-9)
+        rate = done / max(now - self._began, 1e-9)
         left = f", {(total - done) / rate:,.0f} s left" if rate else ""
         amount = f"{done / 1e9:,.2f} of {total / 1e9:,.2f} GB"
         print(f"{self._what}: {amount}, {rate / 1e6:,.0f} MB/s{left}", file=sys.stderr)

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from r1mega.conversion import config_files, proof
 from r1mega.conversion.config_files import Edit
 from r1mega.conversion.hf_source import HfSource
 from r1mega.conversion.plan import ConversionPlan, Part, plan_hf, plan_megatron
-from r1mega.conversion.worker import PROGRESS_FOLDER, Worker, finished
+from r1mega.conversion.worker import PROGRESS_FOLDER, Worker, record_path
 from r1mega.models import hf_fields
 from r1mega.models.dist_tensors import Piece, pieces_of
 
@@ -84,15 +84,11 @@ def convert(request: Request, progress: Callable[[int, int], None] = lambda done
     config_files.check_tokenizer(tokenizer, source.fields, must_be=request.tokenizer is not None)
     partial = _partial(request)
     with _begun(partial, _fingerprint(request, source, plan), plan):
-        kept, missing = [], []
-        for part in plan.parts:
-            (missing if finished(partial, part) is None else kept).append(part)
-        _check_space(partial, plan, kept)
-        total = sum(part.read_bytes for part in plan.parts)
-        done = sum(part.read_bytes for part in kept)
+        _check_space(partial, plan)
+        total, done, kept = sum(part.read_bytes for part in plan.parts), 0, 0
         progress(done, total)
-        for part in _made(request, source, partial, missing):
-            done += part.read_bytes
+        for part, was_there in _made(request, source, partial, plan.parts):
+            done, kept = done + part.read_bytes, kept + was_there
             progress(done, total)
         works = [work for part in plan.parts for work in proof.read_record(partial, part)]
         report = proof.check(source, plan, works)
@@ -105,7 +101,7 @@ def convert(request: Request, progress: Callable[[int, int], None] = lambda done
             )
         partial.rename(request.out)
     shutil.rmtree(request.out / PROGRESS_FOLDER, ignore_errors=True)
-    return Outcome(request.out, len(report.sources), total, plan.write_bytes, len(kept), len(plan.parts), edits)
+    return Outcome(request.out, len(report.sources), total, plan.write_bytes, kept, len(plan.parts), edits)
 
 
 def open_source(path: Path, kind: str) -> HfSource | MegatronSource:
@@ -210,8 +206,9 @@ def _lay_files(partial: Path, plan: ConversionPlan) -> None:
             target.truncate(plan.file_bytes[file])
 
 
-def _check_space(partial: Path, plan: ConversionPlan, kept: list[Part]) -> None:
-    done = sum(output.nbytes for part in kept for work in part.works for output in work.outputs)
+def _check_space(partial: Path, plan: ConversionPlan) -> None:
+    begun = (part for part in plan.parts if record_path(partial, part.index).exists())
+    done = sum(output.nbytes for part in begun for work in part.works for output in work.outputs)
     free, needed = shutil.disk_usage(partial).free, plan.write_bytes - done
     if free < needed:
         raise ValueError(
@@ -219,10 +216,10 @@ def _check_space(partial: Path, plan: ConversionPlan, kept: list[Part]) -> None:
         )
 
 
-def _made(request: Request, source: HfSource | MegatronSource, partial: Path, parts: list[Part]) -> Iterator[Part]:
-    """Each part once it is made, by `request.workers` processes."""
-    if not parts:
-        return
+def _made(
+    request: Request, source: HfSource | MegatronSource, partial: Path, parts: Sequence[Part]
+) -> Iterator[tuple[Part, bool]]:
+    """Each part once it stands, and whether it did before, by `request.workers` processes."""
     workers = min(request.workers, len(parts))
     pool = ProcessPoolExecutor(
         workers,
@@ -232,7 +229,7 @@ def _made(request: Request, source: HfSource | MegatronSource, partial: Path, pa
         initargs=(source, partial),
     )
     waiting = iter(parts)
-    running: dict[Future[None], Part] = {}
+    running: dict[Future[bool], Part] = {}
     try:
         while True:
             # A few parts ahead of the workers, so that a fault ends the run soon.
@@ -241,8 +238,7 @@ def _made(request: Request, source: HfSource | MegatronSource, partial: Path, pa
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                future.result()
-                yield running.pop(future)
+                yield running.pop(future), future.result()
     except BrokenProcessPool:
         raise ConversionError(
             f"a worker ended without a word, as when the system is out of memory; {partial} keeps what is done; run "
@@ -263,9 +259,9 @@ def _begin_worker(source: HfSource | MegatronSource, target: Path) -> None:
     _worker = Worker(source, target)
 
 
-def _run_part(part: Part) -> None:
+def _run_part(part: Part) -> bool:
     assert _worker is not None
-    _worker.run(part)
+    return _worker.run(part)
 
 
 def _complete(request: Request, partial: Path, plan: ConversionPlan, works: list[dict[str, Any]]) -> None:

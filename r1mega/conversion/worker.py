@@ -44,14 +44,20 @@ class Worker:
         torch.serialization.set_crc32_options(False)  # the records have better digests, and it halves the rate
 
     @torch.no_grad()
-    def run(self, part: Part) -> None:
-        """Write the part, then its record. Raises ValueError or OSError saying what went wrong."""
+    def run(self, part: Part) -> bool:
+        """Write the part, then its record, unless both stand whole already; returns whether they did.
+
+        Raises ValueError or OSError saying what went wrong.
+        """
+        if _stands(self._target, part):
+            return True
         is_dist = part.works[0].outputs[0].at == APPENDED
         works = self._write_dist(part) if is_dist else self._write_hf(part)
         path = record_path(self._target, part.index)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(works), encoding="utf-8")
         os.replace(temporary, path)
+        return False
 
     def _write_hf(self, part: Part) -> list[dict[str, Any]]:
         """Tensors into their places in the file that all of the part goes to."""
@@ -136,20 +142,16 @@ def record_path(target: Path, index: int) -> Path:
     return target / PROGRESS_FOLDER / f"part-{index:05d}.json"
 
 
-def finished(target: Path, part: Part) -> list[dict[str, Any]] | None:
-    """The record of a part that stands whole on the disk, every byte as recorded; None where it has to be made."""
+def _stands(target: Path, part: Part) -> bool:
+    """Whether a part stands whole on the disk, every byte as recorded."""
     try:
         works = json.loads(record_path(target, part.index).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    try:
-        is_whole = all(_stands(target, entry) for work in works for entry in work["to"])
-    except Exception:  # damaged bytes make torch.load raise nearly anything
-        return None
-    return works if is_whole else None
+        return all(_is_as_recorded(target, entry) for work in works for entry in work["to"])
+    except Exception:  # no record, or a damaged one; damaged bytes make torch.load raise nearly anything
+        return False
 
 
-def _stands(target: Path, entry: dict[str, Any]) -> bool:
+def _is_as_recorded(target: Path, entry: dict[str, Any]) -> bool:
     raw = read_bytes(target / entry["file"], entry["at"], entry["nbytes"])
     if "key" in entry:
         raw = torch.load(io.BytesIO(as_bytes(raw)), weights_only=True)

@@ -31,13 +31,15 @@ class Executor:
         owner.workers.append(workers)
         initializer(*initargs)
 
-    def submit(self, function: Any, part: Any) -> Future[None]:
+    def submit(self, function: Any, part: Any) -> Future[bool]:
         if len(self._owner.made) == self._owner.parts_to_live:
             raise Killed
-        self._owner.made.append(part.index)
-        future: Future[None] = Future()
+        future: Future[bool] = Future()
         try:
-            future.set_result(function(part))
+            was_there = function(part)
+            if not was_there:
+                self._owner.made.append(part.index)
+            future.set_result(was_there)
         except Exception as error:
             future.set_exception(error)
         return future

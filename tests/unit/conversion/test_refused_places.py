@@ -264,15 +264,17 @@ def test_a_worker_is_killed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_damage_to_what_was_done_before_is_made_again(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = bench.copy("v3")
-    with monkeypatch.context() as patch:
-        patch.setattr(run.proof, "write", no_space)
-        bench.refused(source, (FULL, "make room"), **MEGATRON)
+    monkeypatch.setattr(run.proof, "write", no_space)
+    bench.refused(source, (FULL, "make room"), **MEGATRON)
     boxes = bench.partial / "model/__0_0.distcp"
     content = boxes.read_bytes()
     for damaged in (bytes(len(content)), content[:1000] + b"x" + content[1001:], content[:-7], b""):
         boxes.write_bytes(damaged)
-        assert worker.finished(bench.partial, SimpleNamespace(index=0)) is None
-    assert bench.convert(source, **MEGATRON).kept_parts == 0
+        bench.refused(source, (FULL, "make room"), **MEGATRON)
+        assert boxes.read_bytes() == content
+    written = boxes.stat().st_mtime_ns
+    bench.refused(source, (FULL, "make room"), **MEGATRON)
+    assert boxes.stat().st_mtime_ns == written  # not again where nothing is damaged
 
 
 def command_line(source: Path, *arguments: str, file_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
