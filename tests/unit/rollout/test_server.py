@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from r1mega.rollout import server
+
+_REQUIRED: dict[str, Any] = {
+    "python": "env/bin/python", "model_dir": "models/m", "host": "127.0.0.1", "port": 30000, "device": "cpu",
+    "dtype": "float32", "max_running_requests": 64, "mem_fraction": 0.3,
+}  # fmt: skip
+
+
+def values(command: list[str]) -> dict[str, str]:
+    """The value that follows each flag."""
+    return {flag: value for flag, value in zip(command, command[1:], strict=False) if flag.startswith("--")}
+
+
+def test_a_server_on_cpu() -> None:
+    command = server.server_command(**_REQUIRED, max_total_tokens=16384, weight_version="7")
+    assert command[:3] == ["env/bin/python", "-m", "sglang.launch_server"]
+    assert values(command) == {
+        "--model-path": "models/m", "--host": "127.0.0.1", "--port": "30000", "--device": "cpu", "--dtype": "float32",
+        "--max-running-requests": "64", "--mem-fraction-static": "0.3", "--load-format": "auto", "--tp-size": "1",
+        "--ep-size": "1", "--dp-size": "1", "--max-total-tokens": "16384", "--weight-version": "7",
+        "--attention-backend": "torch_native",
+    }  # fmt: skip
+    assert all(isinstance(argument, str) for argument in command)
+
+
+def test_a_gpu_keeps_its_own_attention_and_threads() -> None:
+    flags = values(server.server_command(**{**_REQUIRED, "device": "cuda"}))
+    assert "--attention-backend" not in flags and "--max-total-tokens" not in flags and "--weight-version" not in flags
+    assert server.server_env(device="cuda", num_ranks=8) == {"PYTHONPATH": ""}
+
+
+def test_parallel_sizes() -> None:
+    command = server.server_command(**_REQUIRED, tp=4, ep=2, attn_dp=2)
+    assert {flag: values(command)[flag] for flag in ("--tp-size", "--ep-size", "--dp-size")} == {
+        "--tp-size": "4", "--ep-size": "2", "--dp-size": "2"
+    }  # fmt: skip
+    assert "--enable-dp-attention" in command
+    copies = server.server_command(**_REQUIRED, dp=2)
+    assert values(copies)["--dp-size"] == "2" and "--enable-dp-attention" not in copies
+
+
+def test_extra_arguments_come_last() -> None:
+    assert server.server_command(**_REQUIRED, extra_args=("--dtype", "bfloat16"))[-2:] == ["--dtype", "bfloat16"]
+
+
+def test_each_rank_of_several_gets_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.os, "cpu_count", lambda: 2)
+    assert server.server_env(device="cpu", num_ranks=3)["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1|0"
+    alone = server.server_env(device="cpu")
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in alone and alone["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "tpu"}, "device: got 'tpu'"),
+        ({"load_format": "fast"}, "load_format: got 'fast'"),
+        ({"mem_fraction": 1.0}, "mem_fraction: got 1.0"),
+        ({"tp": 0}, "tp: got 0"),
+        ({"tp": 4, "ep": 3}, "ep: got 3, must divide tp, which is 4"),
+        ({"tp": 2, "attn_dp": 4}, "attn_dp: got 4, must divide tp"),
+        ({"tp": 2, "dp": 2, "attn_dp": 2}, "dp: got 2 with attn_dp 2"),
+    ],
+)
+def test_what_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        server.server_command(**{**_REQUIRED, **change})
+
+
+def test_an_unknown_device_has_no_environment() -> None:
+    with pytest.raises(ValueError, match="device: got 'tpu'"):
+        server.server_env(device="tpu")
+
+
+def test_the_module_needs_neither_torch_nor_sglang() -> None:
+    code = "import sys, r1mega.rollout.server; assert not {'torch', 'sglang', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
