@@ -1,5 +1,6 @@
 # make demo [SEED=n] [DEVICE=cpu|cuda] [RUNS=dir]   train the toy reasoner from scratch and plot what it learned
 # make test                                        lint, import layers and all tests
+# make sglang-cpu                                  the environment of the real SGLang on a machine without a GPU
 # make lint | venv | snapshots | clean
 # Each makes its virtual environment first where there is none. PY=/path/to/python uses an environment of yours instead.
 SHELL := /bin/bash
@@ -32,7 +33,7 @@ STAMP := $(VENV)/.stamp
 endif
 R1MEGA := $(PY) -m r1mega.cli
 
-.PHONY: demo test lint venv snapshots clean
+.PHONY: demo test lint venv sglang-cpu snapshots clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -43,6 +44,23 @@ $(VENV)/.stamp: setup.cfg pyproject.toml
 	# Alone and first: nothing else shall be looked up in torch's index. The version stands in setup.cfg.
 	$(VENV)/bin/python -m pip install --no-deps "$$(sed -n 's/^ *\(torch==.*\)$$/\1/p' setup.cfg)" $(TORCH_PIP_ARGS)
 	$(VENV)/bin/python -m pip install -e '.[cpu,test]'
+	touch $@
+
+# SGLang pins what it needs, and not what we need: it gets an environment of its own. About 2 minutes and 2 GB.
+SGLANG_VENV ?= .venv-sglang
+
+sglang-cpu: $(SGLANG_VENV)/.stamp
+
+$(SGLANG_VENV)/.stamp: setup.cfg $(wildcard tools/sglang_cpu/*.* tools/sglang_cpu/*/*.py)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "SGLang's environment needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	# As above: alone and first, then held by the constraint. SGLang itself would bring its CUDA build.
+	torch="$$(sed -n 's/^ *\(torch==.*\)$$/\1/p' setup.cfg)"
+	$(SGLANG_VENV)/bin/python -m pip install --no-deps "$$torch" $(TORCH_PIP_ARGS)
+	$(SGLANG_VENV)/bin/python -m pip install -r tools/sglang_cpu/requirements.txt -c <(echo "$$torch")
+	$(SGLANG_VENV)/bin/python -m pip install --no-deps -r tools/sglang_cpu/no-deps.txt
+	# Its version does not change with its text.
+	$(SGLANG_VENV)/bin/python -m pip install --no-deps --force-reinstall ./tools/sglang_cpu
 	touch $@
 
 # The base model is trained anew as well, so that the seed decides everything. The run before is kept once, as NAME.previous.
@@ -73,4 +91,4 @@ snapshots: $(STAMP)
 	R1MEGA_WRITE_SNAPSHOTS=1 $(PY) -m pytest -q tests/config
 
 clean:
-	rm -rf .venv .venv-cuda build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-cuda .venv-sglang build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

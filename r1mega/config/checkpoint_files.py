@@ -14,7 +14,12 @@ SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
 MODEL_FOLDER, METADATA = "model", ".metadata"
 """What marks a directory as a Megatron checkpoint: config.json and tokenizer beside a folder of distributed tensors."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+_TOKENIZER_MARKS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")  # one is always there
 
 
 def is_megatron(directory: Path) -> bool:
@@ -133,9 +138,9 @@ def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 
 def check_tokenizer(directory: Path, field: str) -> list[Fault]:
     """A fault where a directory holds no tokenizer file that transformers could load."""
-    if any((directory / name).is_file() for name in TOKENIZER_FILES):
+    if any((directory / name).is_file() for name in _TOKENIZER_MARKS):
         return []
-    constraint = f"must hold a tokenizer ({', '.join(TOKENIZER_FILES)})"
+    constraint = f"must hold a tokenizer ({', '.join(_TOKENIZER_MARKS)})"
     return [Fault(field, str(directory), constraint, "copy the tokenizer files there or set model.tokenizer=DIR")]
 
 

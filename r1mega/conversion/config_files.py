@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r1mega.config.checkpoint_files import TOKENIZER_FILES
 from r1mega.models.hf_fields import FP8_CONFIG, HfFields
-from r1mega.models.hf_io import TOKENIZER_FILES
 
 # Fields of config.json that may be set: what a student gets when it is prepared for distillation. Others would make it
 # another model than its weights are of.
