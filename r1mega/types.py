@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 
+NamedTensors = Iterator[tuple[str, "torch.Tensor"]]
+
+
 class FinishReason(StrEnum):
     """Why an engine stopped a sequence."""
 
@@ -142,6 +145,23 @@ class Engine(Protocol):
         """Teacher-forced log-probs at temperature 1: for each sequence, the log-prob of token t+1 given tokens 0..t."""
 
 
+class Servers(Protocol):
+    """Engines in processes of their own, as who publishes to them sees them."""
+
+    def load_from_disk(self, directory: str, version: int) -> None:
+        """Make every server load a checkpoint directory."""
+
+    def checksums(self) -> list[list[dict[str, str]]]:
+        """[server][rank]: parameter -> hash of its bytes, as the servers say."""
+
+
+class Export(Protocol):
+    """The trainer's weights as Hugging Face tensors, in one order on all ranks. Collective: every rank walks it."""
+
+    def __call__(self, *, wanted: bool) -> NamedTensors:
+        """(name, whole tensor) where they are `wanted`, nothing where not."""
+
+
 class Reward(Protocol):
     """A pure function of a prompt and the response's text."""
 
@@ -154,6 +174,3 @@ class Sink(Protocol):
     def write(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def close(self) -> None: ...
-
-
-NamedTensors = Iterator[tuple[str, "torch.Tensor"]]

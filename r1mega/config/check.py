@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterator
 from pathlib import Path
 
+from r1mega.config.check_engines import check_engines
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
 from r1mega.config.faults import Fault
 from r1mega.config.io import FILE_NAME
@@ -16,7 +17,6 @@ from r1mega.config.schema import (
     DataFormat,
     DeviceType,
     Dispatcher,
-    EngineKind,
     Init,
     LayerSpec,
     Loop,
@@ -53,8 +53,18 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("rollout.top_p", ((">", 0), ("<=", 1))),
     ("rollout.max_tokens", ((">=", 1),)),
     ("rollout.max_batch", ((">=", 1),)),
+    ("rollout.max_in_flight", ((">=", 1),)),
     ("rollout.probe_tolerance", ((">", 0),)),
     ("rollout.probe_outliers", ((">=", 0), ("<=", 1))),
+    ("sglang.tp", ((">=", 1),)),
+    ("sglang.ep", ((">=", 1),)),
+    ("sglang.attn_dp", ((">=", 1),)),
+    ("sglang.memory_fraction", ((">", 0), ("<", 1))),
+    ("sglang.max_cached_tokens", ((">=", 1),)),
+    ("sglang.verify_share", ((">=", 0), ("<=", 1))),
+    ("sglang.startup_seconds", ((">", 0),)),
+    ("sglang.hang_seconds", ((">", 0),)),
+    ("sglang.restarts", ((">=", 0),)),
     ("algo.group_size", ((">=", 2),)),
     ("algo.questions_per_round", ((">=", 1),)),
     ("algo.updates_per_round", ((">=", 1),)),
@@ -97,6 +107,7 @@ def check(config: Config) -> list[Fault]:
         *_check_run_dir(config),
         *_check_checkpoint(config),
         *_check_device(config),
+        *check_engines(config),
         *_check_data(config),
         *_check_rewards(config),
         *_check_optim(config),
@@ -172,13 +183,6 @@ def _check_device(config: Config) -> Iterator[Fault]:
             remedy = "install the gpu extra (pip install -e '.[gpu]') or use device.layer_spec=torch"
             yield Fault("device.layer_spec", "te", "transformer_engine is not installed", remedy)
     yield from _check_gpu_only(config)
-    world = config.parallel.world_size
-    if config.rollout.engine is EngineKind.sglang:
-        yield Fault("rollout.engine", "sglang", "is not available in this version", "use rollout.engine=embedded")
-    if config.rollout.engines > world >= 1:
-        remedy = f"use at most {world}, or a larger layout"
-        constraint = f"must be at most the {world} training processes that can host an engine"
-        yield Fault("rollout.engines", str(config.rollout.engines), constraint, remedy)
 
 
 def _check_gpu_only(config: Config) -> Iterator[Fault]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from r1mega.config import checkpoint_files
 from r1mega.config.check import longest_response
-from r1mega.config.schema import Config, Init, Loop, Mtp
+from r1mega.config.schema import Config, EngineKind, Init, Loop, Mtp
 from r1mega.data.prompts import read_qa, tokenize_prompts
 from r1mega.data.sft import read_sft, tokenize_sft
 from r1mega.models import hf_fields
 from r1mega.models.hf_fields import HfFields, layer_of
+from r1mega.rollout.server import SGLANG_VERSION
 from r1mega.types import Prompt
+
+_PYTHON_SECONDS = 60.0  # a Python on a cold network disk takes long
 
 
 def check_tokens(config: Config) -> list[str]:
@@ -56,6 +60,25 @@ def _check_positions(prompts: Sequence[Prompt], config: Config, fields: HfFields
     return [
         f"{name}: got {response}; {longest.id} has {len(longest.token_ids)} prompt tokens, together {total}; "
         f"the model's max_position_embeddings is {positions}; lower {name} or take the longest prompts out of the file"
+    ]
+
+
+def check_sglang(config: Config) -> list[str]:
+    """The environment of the servers holds the SGLang that they are spoken to as."""
+    if config.rollout.engine is not EngineKind.sglang or config.stage.loop is not Loop.rl:
+        return []
+    python = config.sglang.python
+    program = "from importlib.metadata import version; print(version('sglang'))"
+    try:
+        asked = subprocess.run([python, "-c", program], capture_output=True, text=True, timeout=_PYTHON_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [f"sglang.python: got {python}; cannot be run ({error}); name the Python of SGLang's environment"]
+    found = asked.stdout.strip() if asked.returncode == 0 else "none"
+    if found == SGLANG_VERSION:
+        return []
+    return [
+        f"sglang.python: {python} has SGLang {found}; must have {SGLANG_VERSION}, whose interface is the one used; "
+        "install it there (without a GPU: make sglang-cpu)"
     ]
 
 

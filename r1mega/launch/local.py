@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import random
-import socket
 import sys
 import tempfile
 from pathlib import Path
 
 from r1mega.config import io
-from r1mega.config.schema import Config, DeviceType
+from r1mega.config.schema import Config, DeviceType, EngineKind, Loop
 from r1mega.launch import preflight, replays, resume, rundir, supervise
+from r1mega.launch.engines import EngineFleet, fleet_of
+from r1mega.launch.ports import free_port
 
 WORKER = "r1mega.loop.worker"
 
@@ -25,7 +24,10 @@ def run(config: Config) -> int:
     preflight.require(config)
     resume.prepare(config)
     config_path = rundir.create(config)
-    return _run_workers(config, config_path, config_path.parent / rundir.LOG_DIR)
+    log_dir = config_path.parent / rundir.LOG_DIR
+    has_servers = config.stage.loop is Loop.rl and config.rollout.engine is EngineKind.sglang
+    fleet = fleet_of(config, log_dir) if has_servers else None
+    return _run_workers(config, config_path, log_dir, fleet=fleet)
 
 
 def replay(run_dir: Path, round_number: int, update: int) -> int:
@@ -44,10 +46,12 @@ def replay(run_dir: Path, round_number: int, update: int) -> int:
         return code or replays.show(json.loads(out.read_text()))
 
 
-def _run_workers(config: Config, config_path: Path, log_dir: Path, *options: str) -> int:
+def _run_workers(
+    config: Config, config_path: Path, log_dir: Path, *options: str, fleet: EngineFleet | None = None
+) -> int:
     argv = [sys.executable, "-m", WORKER, "--config", str(config_path), *options]
     env = worker_env(config.device.type, config.device.threads)
-    result = supervise.run_world(argv, config.parallel.world_size, log_dir=log_dir, env=env)
+    result = supervise.run_world(argv, config.parallel.world_size, log_dir=log_dir, env=env, beside=fleet)
     if result.message:
         print(f"r1mega: {result.message}", file=sys.stderr)
     return result.exit_code
@@ -57,7 +61,7 @@ def worker_env(device: DeviceType, threads: int) -> dict[str, str]:
     """What every training process on one machine finds in its environment, besides its rank."""
     env = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
@@ -73,15 +77,3 @@ def worker_env(device: DeviceType, threads: int) -> dict[str, str]:
         # Megatron relies on one hardware queue to start a communication before the matrix product it overlaps.
         env["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     return env
-
-
-def _free_port() -> int:
-    """A free port below those that systems give to outgoing connections.
-
-    Seconds pass before rank 0 listens on it: a port of that kind may by then be in use by a connection of another run.
-    """
-    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError("none of 100 ports from 20000 to 32767 is free")

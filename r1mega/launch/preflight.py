@@ -10,14 +10,14 @@ from r1mega.config.checkpoint_files import read_json_object
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config, DataFormat, Loop, Recompute
 from r1mega.data.jsonl import read_rows
-from r1mega.launch.late_checks import check_tensors, check_tokens
+from r1mega.launch.late_checks import check_sglang, check_tensors, check_tokens
 from r1mega.models import fp8, hf_fields
 from r1mega.parallel.layout import Layout
 
 # Checks that need sound input (they tokenize, for example) run after all others have passed. Each returns its faults,
 # or raises a ValueError whose message is one.
 Check = Callable[[Config], Sequence[Fault | str]]
-LATE_CHECKS: tuple[Check, ...] = (check_tensors, check_tokens)
+LATE_CHECKS: tuple[Check, ...] = (check_tensors, check_tokens, check_sglang)
 SFT_KEYS = ("prompt", "response")
 
 

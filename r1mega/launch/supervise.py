@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 POLL_SECONDS = 0.05
 # A crash takes its peers with it within moments; wait this long before naming the first of them.
@@ -42,6 +43,19 @@ class WorldResult:
     message: str = ""
 
 
+class Companions(Protocol):
+    """Processes that live as long as the world does."""
+
+    def start(self) -> None:
+        """Start them all."""
+
+    def look(self) -> str | None:
+        """See to them; a message where the world has to end because of them."""
+
+    def end(self) -> None:
+        """End them all. Harmless when repeated."""
+
+
 @dataclass
 class _Rank:
     rank: int
@@ -57,8 +71,9 @@ def run_world(
     log_dir: Path,
     env: Mapping[str, str] | None = None,
     grace_seconds: float = 5.0,
+    beside: Companions | None = None,
 ) -> WorldResult:
-    """Run `argv` once per rank and wait for all of them.
+    """Run `argv` once per rank and wait for all of them; `beside` are other processes of the run.
 
     Each rank gets this process's environment, then `env`, then RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE. Its
     output goes to `log_dir/rankN.log`, except that rank 0 keeps the terminal as its standard output. When a rank fails,
@@ -71,11 +86,15 @@ def run_world(
     ranks: list[_Rank] = []
     with _signals() as received:
         try:
+            if beside is not None:
+                beside.start()
             for rank in range(world_size):
                 ranks.append(_start(rank, world_size, argv, log_dir, env or {}))
-            return _watch(ranks, received, grace_seconds)
+            return _watch(ranks, received, grace_seconds, beside)
         finally:
             _end(ranks, received, grace_seconds)
+            if beside is not None:
+                beside.end()
             if sys.stdout.isatty():
                 print("\x1b[?25h", end="", flush=True)  # a killed live display leaves the cursor hidden
 
@@ -103,12 +122,13 @@ def _start(rank: int, world_size: int, argv: Sequence[str], log_dir: Path, env: 
             stdout=None if rank == 0 else file,
             stderr=file,
             process_group=0,
-            preexec_fn=_die_with_parent(os.getpid()) if sys.platform == "linux" else None,
+            preexec_fn=die_with_parent(os.getpid()) if sys.platform == "linux" else None,
         )
     return _Rank(rank, process, log)
 
 
-def _die_with_parent(parent: int) -> Callable[[], None]:
+def die_with_parent(parent: int) -> Callable[[], None]:
+    """For Popen's `preexec_fn`: the kernel kills the process when the thread of `parent` that starts it ends."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def set_death_signal() -> None:
@@ -138,7 +158,9 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(ranks: list[_Rank], received: list[int], grace_seconds: float) -> WorldResult:
+def _watch(
+    ranks: list[_Rank], received: list[int], grace_seconds: float, beside: Companions | None
+) -> WorldResult:
     while any(rank.status is None for rank in ranks):
         _look(ranks)
         if received:
@@ -150,6 +172,10 @@ def _watch(ranks: list[_Rank], received: list[int], grace_seconds: float) -> Wor
             culprit = min((rank for rank in ranks if rank.status), key=_blame)
             _end(ranks, received, grace_seconds)
             return _failure(culprit, len(ranks))
+        message = beside.look() if beside is not None else None
+        if message is not None:
+            _end(ranks, received, grace_seconds)
+            return WorldResult(1, message=f"{message}\nall {len(ranks)} ranks have ended")
         time.sleep(POLL_SECONDS)
     return WorldResult(0)
 
@@ -172,7 +198,7 @@ def _blame(rank: _Rank) -> tuple[bool, bool, int, int]:
 def _failure(culprit: _Rank, world_size: int) -> WorldResult:
     status = culprit.status
     assert status
-    how = f"exit code {status}" if status > 0 else f"killed by {_signal_name(-status)}"
+    how = f"exit code {status}" if status > 0 else f"killed by {signal_name(-status)}"
     words = tail(culprit.log)
     said = "\n".join(f"  | {line}" for line in words.splitlines()) or "  | (its log is empty)"
     headline = f"rank {culprit.rank} of {world_size} failed first ({how}); all ranks have ended"
@@ -180,7 +206,8 @@ def _failure(culprit: _Rank, world_size: int) -> WorldResult:
     return WorldResult(status if status > 0 else 128 - status, culprit.rank, message)
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """SIGKILL and so on."""
     try:
         return signal.Signals(number).name
     except ValueError:

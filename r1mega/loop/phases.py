@@ -17,7 +17,7 @@ from r1mega.loop.wire import REFERENCE, RlRun
 from r1mega.parallel.seed import derive
 from r1mega.train.batch import MicroBatch, PackItem
 from r1mega.types import Prompt, Sample, SampleGroup, SamplingParams
-from r1mega.weights import memory, verify
+from r1mega.weights import verify
 
 
 @dataclass
@@ -171,8 +171,7 @@ def publish(run: RlRun) -> None:
     """Bring the policy's weights to every engine, resharded into Hugging Face tensors; the version is the update
     count."""
     with run.timer.phase("publish"):
-        tensors = run.policy.export_hf(wanted=run.engine is not None)
-        memory.publish(tensors, run.engine, run.state.update)
+        run.publish(run.policy.export_hf, run.state.update)
         if run.config.memory.offload:
             run.policy.hand_over()
 

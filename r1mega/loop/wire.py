@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from r1mega.algo.lr import learning_rate
 from r1mega.config.checkpoint_files import is_megatron
-from r1mega.config.schema import Config, Init, Loop, Mtp
+from r1mega.config.schema import Config, EngineKind, Init, Loop, Mtp
 from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
 from r1mega.data.sft import SftSource, read_sft, tokenize_sft
 from r1mega.loop.checkpoints import Checkpoints, restore
@@ -26,7 +27,8 @@ from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
 from r1mega.reward.compose import Rule
 from r1mega.reward.pool import RewardPool
-from r1mega.types import Engine, Prompt
+from r1mega.types import Engine, Export, Prompt
+from r1mega.weights.shelf import Shelf, folder_of
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +87,7 @@ class Run:
 class RlRun(Run):
     """What the RL loop has besides."""
 
-    engine: Engine | None = None  # where this rank hosts one
+    publish: Callable[[Export, int], None] | None = None  # the weights to every engine, under a version; collective
     collector: Collector | None = None
     prompts: PromptSource | None = None
     held_out: list[Prompt] = field(default_factory=list)
@@ -104,7 +106,6 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
     """The RL loop's objects on this rank; all of them are closed at the end, however it comes."""
     with _wire(config, RlRun, temperature=config.rollout.temperature) as run:
         from r1mega.rollout.collector import Collector
-        from r1mega.rollout.embedded import EmbeddedEngine
 
         data, reward = config.data, config.reward
         run.prompts = PromptSource(load_prompts(config, data.train, run.tokenizer), config.run.seed, data.shuffle)
@@ -112,22 +113,15 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
             restore(config, run.groups, run.policy, run.state, run.prompts, COPIES)
         if data.eval is not None:
             run.held_out = load_prompts(config, data.eval, run.tokenizer)[: data.eval_limit]
-        hosts_engine = run.groups.rank < config.rollout.engines
+        engine, num_speakers = _engine(config, run)
         pool = None
-        if hosts_engine:
-            run.engine = EmbeddedEngine(
-                config.model.hf,
-                run.tokenizer,
-                dtype=_dtype(config.precision.params),
-                device=run.groups.device,
-                max_batch=config.rollout.max_batch,
-            )
+        if engine is not None:
             rule = partial(Rule, {"accuracy": reward.accuracy, "format": reward.format})
             pool = RewardPool(rule, reward.workers, reward.timeout_seconds)
         decode = partial(run.tokenizer.decode, skip_special_tokens=False)
         run.collector = Collector(
-            run.engine,
-            config.rollout.engines,
+            engine,
+            num_speakers,
             lambda token_ids: response_text(token_ids, decode, run.tokenizer.eos_token_id),
             pool.submit if pool else None,
             run.groups.control,
@@ -137,6 +131,35 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
         finally:
             if pool:
                 pool.close()
+
+
+def _engine(config: Config, run: RlRun) -> tuple[Engine | None, int]:
+    """What this rank generates with, if it does, and how many ranks do; `run.publish` goes where they generate."""
+    rollout, rank = config.rollout, run.groups.rank
+    if rollout.engine is EngineKind.embedded:
+        from r1mega.rollout.embedded import EmbeddedEngine
+        from r1mega.weights import memory
+
+        engine = None
+        if rank < rollout.engines:
+            dtype, device = _dtype(config.precision.params), run.groups.device
+            engine = EmbeddedEngine(config.model.hf, run.tokenizer, dtype, device, rollout.max_batch)
+        run.publish = lambda export, version: memory.publish(export, engine, version)
+        return engine, rollout.engines
+    from r1mega.rollout.sglang import SglangEngines
+    from r1mega.weights.disk import DiskPublisher
+
+    sglang = config.sglang
+    place = Shelf(folder_of(config.run.dir, sglang.weights_dir))
+    servers = None
+    if rank == 0:
+        # A server may hang, be started again and load, and all of that is no reason to give up.
+        patience = sglang.startup_seconds + sglang.hang_seconds
+        urls = json.loads(place.addresses.read_text(encoding="utf-8"))
+        servers = SglangEngines(urls, max_in_flight=rollout.max_in_flight, patience_seconds=patience)
+    dtype = str(sglang.dtype or config.precision.params)
+    run.publish = DiskPublisher(place, servers, run.fields, dtype, run.groups.control).publish
+    return servers, 1
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+SGLANG_VERSION = "0.5.21"
 DEVICES = ("cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 

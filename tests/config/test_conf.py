@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,8 @@ def test_every_option_resolves_to_its_snapshot_and_passes_the_checks(
     train = inputs.sft if config.data.format == "sft" else inputs.qa
     data = replace(config.data, train=str(train), eval=str(inputs.qa) if config.data.eval else None)
     model = replace(config.model, hf=str(inputs.model))
-    sound = replace(config, data=data, model=model, run=replace(config.run, dir=str(inputs.run)))
+    run, sglang = replace(config.run, dir=str(inputs.run)), replace(config.sglang, python=sys.executable)
+    sound = replace(config, data=data, model=model, run=run, sglang=sglang)
     if (group, name) in REFUSED:
         with pytest.raises(ConfigError) as refused:
             preflight.require(sound, ())

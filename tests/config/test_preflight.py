@@ -114,9 +114,9 @@ def test_everything_wrong_is_reported_at_once(faults: Callable[..., list[str]], 
     (inputs.model / "model.safetensors").unlink()
     inputs.run.mkdir()
     (inputs.run / "config.yaml").write_text("")
-    found = faults("parallel.tp=3", "algo.updates_per_round=7", "rollout.engine=sglang")
+    found = faults("parallel.tp=3", "algo.updates_per_round=7", "rollout=sglang", "sglang.python=none")
     places = [text.partition(":")[0] for text in found]
-    for place in ("run.dir", "model.hf", "rollout.engine", "algo.updates_per_round", "parallel.tp", "data.train"):
+    for place in ("run.dir", "model.hf", "sglang.python", "algo.updates_per_round", "parallel.tp", "data.train"):
         assert place in places
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +46,19 @@ def messages(config: Config, **values: object) -> list[str]:
     return [str(fault) for fault in check(with_values(config, **values))]
 
 
+SERVERS = {
+    "rollout__engine": schema.EngineKind.sglang,
+    "rollout__engines": 3,  # more than there are training processes
+    "sglang__python": sys.executable,
+}
 SFT = {"stage__loop": schema.Loop.sft, "data__format": schema.DataFormat.sft}
 
 
 def test_a_good_configuration_has_no_fault(good: Config) -> None:
     assert check(good) == []
     assert messages(good, **SFT) == []
+    assert messages(good, **SERVERS) == []
+    assert messages(good, **SFT, **SERVERS | {"sglang__python": "/none/python"}) == []  # nothing is generated
 
 
 def test_every_number_of_the_schema_is_bounded() -> None:
@@ -125,8 +133,22 @@ def test_all_faults_are_reported_together(good: Config) -> None:
             "checkpoint.keep_best: got 1; eval/pass_at_1 needs an evaluation; set data.eval or keep_best=0",
         ),
         (
-            {"rollout__engine": schema.EngineKind.sglang},
-            "rollout.engine: got sglang; is not available in this version; use rollout.engine=embedded",
+            SERVERS | {"sglang__python": "/none/python"},
+            "sglang.python: got /none/python; must be the Python of an environment with SGLang; make it (without a GPU:"
+            " make sglang-cpu) or set sglang.python; or use rollout=embedded",
+        ),
+        (SERVERS | {"sglang__tp": 2, "sglang__ep": 4}, "sglang.ep: got 4; must divide sglang.tp=2; change one of them"),
+        (
+            SERVERS | {"sglang__tp": 2, "sglang__attn_dp": 3},
+            "sglang.attn_dp: got 3; must divide sglang.tp=2; change one of them",
+        ),
+        (
+            SERVERS | {"sglang__max_cached_tokens": 1535},
+            "sglang.max_cached_tokens: got 1535; must hold the longest prompt and response, 1536 tokens; raise it",
+        ),
+        (
+            SERVERS | {"rollout__max_tokens": 70000, "algo__max_tokens_per_micro_batch": 80000},
+            "sglang.max_cached_tokens: got 65536; must hold the longest prompt and response, 70512 tokens; raise it",
         ),
         (
             {"rollout__engines": 3, "parallel__tp": 2},

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from r1mega.config import schema
-from r1mega.launch.late_checks import check_tensors, check_tokens
+from r1mega.launch.late_checks import check_sglang, check_tensors, check_tokens
 
 
 @pytest.fixture
@@ -83,3 +83,31 @@ def test_a_tokenizer_of_another_model(checkpoint, config):
         config(checkpoint("llama", vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2))
     )
     assert "the model's vocab_size is 64" in fault
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("0.5.21", None),
+        ("0.4.0", "has SGLang 0.4.0; must have 0.5.21"),
+        (None, "has SGLang none; must have 0.5.21"),
+    ],
+)
+def test_the_version_of_sglang(checkpoint, config, tmp_path, version, words):
+    """A Python that says which version it has, or knows of none."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {version}\n" if version else "#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    asked = config(checkpoint("llama"))
+    asked.sglang.python = str(python)
+    assert check_sglang(asked) == []  # the embedded engine needs none
+    asked.rollout.engine = schema.EngineKind.sglang
+    found = check_sglang(asked)
+    assert (found == []) if words is None else (len(found) == 1 and words in found[0])
+
+
+def test_a_python_that_cannot_be_run(checkpoint, config, tmp_path):
+    asked = config(checkpoint("llama"))
+    asked.rollout.engine, asked.sglang.python = schema.EngineKind.sglang, str(tmp_path)
+    (found,) = check_sglang(asked)
+    assert "cannot be run" in found and found.startswith("sglang.python: got ")

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import random
+import sys
+import tracemalloc
+from pathlib import Path
+
+import httpx
+import pytest
+
+from r1mega.rollout import sglang
+from r1mega.rollout.client import EngineRefused, EngineUnavailable, answer_of
+from r1mega.rollout.sglang import EnginesLost, SglangEngines
+from r1mega.types import Completion, FinishReason, Request, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_servers import FakeServer, FakeServers, answer
+
+PARAMS = SamplingParams(max_tokens=2)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "_POLL_SECONDS", 0.01)
+
+
+def engines(fake: FakeServers, *, max_in_flight: int = 8, patience: float = 5.0, version: int | None = 3):
+    made = SglangEngines(fake.urls, max_in_flight=max_in_flight, patience_seconds=patience, transport=fake)
+    if version is not None:
+        made.load_from_disk("/weights/3", version)
+    return made
+
+
+def requests(count: int, num_samples: int = 1) -> list[Request]:
+    return [Request(key=100 + i, token_ids=(i, 7), num_samples=num_samples) for i in range(count)]
+
+
+def expected(count: int, num_samples: int = 1) -> list[Completion]:
+    return [
+        Completion(100 + i, index, [i, i + 1], [-float(i)] * 2, FinishReason.stop, 3)
+        for i in range(count)
+        for index in range(num_samples)
+    ]
+
+
+def test_every_sequence_comes_back_once_in_order() -> None:
+    fake = FakeServers(3)
+    seen: list[Completion] = []
+    assert engines(fake).generate(requests(20, 4), PARAMS, seen.append) == expected(20, 4)
+    assert sorted(seen, key=lambda c: (c.key, c.index)) == expected(20, 4)
+    assert all(server.loads == [("/weights/3", "3")] for server in fake.servers)
+
+
+def test_nothing_asked_for() -> None:
+    assert engines(FakeServers(1)).generate([], PARAMS) == []
+
+
+def test_requests_are_spread_and_bounded() -> None:
+    fake = FakeServers(2, seconds=0.01)
+    fake.servers[1].seconds = 0.1
+    engines(fake, max_in_flight=5).generate(requests(60), PARAMS)
+    assert sum(server.most_running for server in fake.servers) <= 2 * 10
+    fast, slow = (sum(server.served.values()) for server in fake.servers)
+    assert fast > 1.5 * slow > 0  # the one that holds fewer gets the next
+
+
+def test_log_probs_of_given_sequences() -> None:
+    assert engines(FakeServers(2)).logprobs([[5, 6, 7], [8], [9, 4]]) == [[-6.0, -7.0], [], [-4.0]]
+
+
+def test_broken_connections_lose_and_double_nothing() -> None:
+    fake = FakeServers(2)
+    chance = random.Random(0)
+
+    def broken(server: FakeServer, prompt: list[int]) -> httpx.Response | None:
+        if chance.random() < 0.05:
+            raise httpx.ReadError("broken off")
+        return httpx.Response(503) if chance.random() < 0.02 else None
+
+    fake.before = fake.after = broken
+    seen: list[Completion] = []
+    assert engines(fake).generate(requests(300), PARAMS, seen.append) == expected(300)
+    assert len(seen) == 300
+
+
+def test_a_server_that_ends_comes_back_with_the_weights_that_are_due() -> None:
+    """Killed while it holds requests; the other server takes them; started again, it serves other weights at first."""
+    fake = FakeServers(2, seconds=0.002)
+    victim, other = fake.servers
+
+    def kill(server: FakeServer, prompt: list[int]) -> None:
+        if prompt[0] >= 30 and server is other and victim.version == "3" and len(victim.loads) == 1:
+            victim.is_up, victim.version = False, "none"
+        if prompt[0] >= 90:
+            victim.is_up = True
+
+    fake.before = kill
+    made = engines(fake, max_in_flight=2)
+    assert made.generate(requests(400), PARAMS) == expected(400)
+    assert victim.loads == [("/weights/3", "3")] * 2
+    assert sum(victim.served.values()) + sum(other.served.values()) == 400
+
+
+def test_stale_weights_are_noticed_and_replaced() -> None:
+    fake = FakeServers(1)
+    made = engines(fake)
+    fake.servers[0].version = "2"
+    assert made.generate(requests(5), PARAMS) == expected(5)
+    assert fake.servers[0].loads == [("/weights/3", "3")] * 2
+
+
+def test_a_sequence_that_was_aborted_is_asked_for_again() -> None:
+    fake = FakeServers(1)
+    aborted: list[int] = []
+
+    def abort(server: FakeServer, prompt: list[int]) -> httpx.Response | None:
+        if prompt[0] in aborted:
+            return None
+        aborted.append(prompt[0])
+        body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1}}
+        return httpx.Response(200, json=answer(body, "3", finish="abort"))
+
+    fake.before = abort
+    assert engines(fake).generate(requests(3), PARAMS) == expected(3)
+
+
+def test_a_server_that_never_answers() -> None:
+    fake = FakeServers(2)
+    made = engines(fake, patience=0.1)
+    for server in fake.servers:
+        server.is_up = False
+    with pytest.raises(EnginesLost, match=r"no server has answered for 0\.1 s: http://0/generate: ConnectError"):
+        made.generate(requests(3), PARAMS)
+    with pytest.raises(EnginesLost, match="http://0: does not serve weights 4: no answer"):
+        made.load_from_disk("/weights/4", 4)
+    with pytest.raises(EnginesLost, match=r"http://0: no answer within 0\.1 s of its start"):
+        made.wait_until_ready()
+
+
+def test_a_sequence_that_breaks_every_server() -> None:
+    fake = FakeServers(2)
+
+    def poison(server: FakeServer, prompt: list[int]) -> httpx.Response | None:
+        return httpx.Response(500, text="index out of range") if prompt[0] == 4 else None
+
+    fake.before = poison
+    with pytest.raises(EnginesLost, match=r"asked for 10 times in vain, last: .*500 index out of range"):
+        engines(fake).generate(requests(9), PARAMS)
+
+
+def test_a_request_that_is_refused_is_not_asked_again() -> None:
+    fake = FakeServers(1)
+    refused: list[int] = []
+
+    def refuse(server: FakeServer, prompt: list[int]) -> httpx.Response | None:
+        refused.append(prompt[0])
+        return httpx.Response(400, text="too long")
+
+    fake.before = refuse
+    with pytest.raises(EngineRefused, match="http://0/generate: 400 too long"):
+        engines(fake).generate(requests(1), PARAMS)
+    assert refused == [0]
+
+
+def test_an_error_in_what_is_done_with_a_result_is_not_swallowed() -> None:
+    def fail(completion: Completion) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        engines(FakeServers(2)).generate(requests(30), PARAMS, fail)
+
+
+@pytest.mark.parametrize("change", [{"output_ids": [1]}, {"output_ids": [0, 2]}, {"output_ids": [0, 1, 2]}])
+def test_an_answer_that_contradicts_itself(change: dict) -> None:
+    found = answer({"input_ids": [0], "sampling_params": {"max_new_tokens": 2}}, "3")
+    assert answer_of(found).token_ids == [0, 1]
+    with pytest.raises(EngineUnavailable, match="log-probs"):
+        answer_of(found | change)
+
+
+def test_memory_does_not_grow_with_the_number_of_requests_waiting() -> None:
+    """What is held for requests not yet sent: nothing but their place in the list."""
+
+    def peak(count: int) -> int:
+        fake = FakeServers(1)
+        made, asked = engines(fake), requests(1, count)
+        tracemalloc.start()
+        seen = made.generate(asked, PARAMS)
+        assert len(seen) == count
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return held
+
+    few, many = peak(200), peak(2000)
+    assert many - few < 1800 * 1500  # a completion is about 600 bytes, a task with its request many thousand
