@@ -1,0 +1,95 @@
+"""Real servers as a run has them: the launcher's fleet, looked after, and the trainer's side of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from safetensors.torch import load_file
+
+from r1mega.config import schema
+from r1mega.launch.engines import EngineFleet, EngineProcess, fleet_of
+from r1mega.rollout.sglang import SglangEngines
+from r1mega.weights.shelf import Shelf, folder_of
+
+
+class Servers:
+    """A fleet that a thread of its own looks after, as the launcher does. `fault` is what would have ended the run."""
+
+    def __init__(self, config: schema.Config) -> None:
+        self.config = config
+        self.log_dir = Path(config.run.dir) / "logs"
+        self.log_dir.mkdir(parents=True)
+        self.fleet: EngineFleet = fleet_of(config, self.log_dir)
+        self.place = Shelf(folder_of(config.run.dir, None))
+        self.fault: str | None = None
+        self._done = threading.Event()
+        # The servers are children of this thread: they would end with it.
+        self._thread = threading.Thread(target=self._look_after)
+
+    @property
+    def engines(self) -> list[EngineProcess]:
+        return self.fleet.engines
+
+    def client(self, **options) -> SglangEngines:
+        options = {"max_in_flight": 64, "patience_seconds": 200.0} | options
+        return SglangEngines([engine.url for engine in self.engines], **options)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look_after(self) -> None:
+        try:
+            self.fleet.start()
+            while not self._done.wait(0.05) and self.fault is None:
+                self.fault = self.fleet.look()
+        finally:
+            self.fleet.end()
+
+
+def schedulers(engine: EngineProcess) -> list[psutil.Process]:
+    """The processes of a server that hold the model."""
+    assert engine.process is not None
+    children = psutil.Process(engine.process.pid).children(recursive=True)
+    return [child for child in children if "scheduler" in "".join(child.cmdline()) + child.name()]
+
+
+def kill(engine: EngineProcess, number: int = signal.SIGKILL) -> None:
+    """Send a signal to all processes of a server."""
+    assert engine.process is not None
+    os.killpg(engine.process.pid, number)
+
+
+@contextmanager
+def servers(checkpoint: Path, run_dir: Path, python: Path, **options) -> Iterator[Servers]:
+    """Two servers of a checkpoint's model in fp32, without weights; `options` as SECTION__FIELD=value."""
+    config = schema.Config()
+    config.run.dir, config.model.hf = str(run_dir), str(checkpoint)
+    config.device.type, config.precision.params = schema.DeviceType.cpu, schema.ParamDtype.fp32
+    config.rollout.engine, config.rollout.engines = schema.EngineKind.sglang, 2
+    config.rollout.max_batch = 64
+    config.sglang.python, config.sglang.max_cached_tokens = str(python), 16384
+    for name, value in options.items():
+        section, _, field = name.partition("__")
+        setattr(getattr(config, section), field, value)
+    made = Servers(config)
+    made.start()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def exporting(checkpoint: Path):
+    """An `Export` of a checkpoint's tensors."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    return lambda *, wanted: iter(tensors.items() if wanted else ())

@@ -1,0 +1,165 @@
+"""What happens to real servers in a long run, and that no sequence is lost or doubled by it."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import torch.distributed as dist
+
+from r1mega.models import hf_fields
+from r1mega.types import Completion, FinishReason, Request, SamplingParams
+from r1mega.weights.disk import DiskPublisher
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fleets import Servers, exporting, kill, servers
+
+HANG_SECONDS = 15.0
+PARAMS = SamplingParams(max_tokens=48)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A process group of one."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def qwen2(checkpoint):
+    return checkpoint("qwen2"), checkpoint("qwen2", seed=1)
+
+
+@pytest.fixture(scope="module")
+def fleet(qwen2, sglang_python, tmp_path_factory):
+    options = {"sglang__hang_seconds": HANG_SECONDS, "sglang__restarts": 10}
+    with servers(qwen2[0], tmp_path_factory.mktemp("fleet") / "run", sglang_python, **options) as made:
+        yield made
+        assert made.fault is None
+
+
+@pytest.fixture
+def client(fleet: Servers, qwen2, alone):
+    """The trainer's side, version 1 published."""
+    made = fleet.client()
+    publisher(fleet, made, qwen2[0], alone).publish(exporting(qwen2[0]), 1)
+    return made
+
+
+def publisher(fleet: Servers, client, checkpoint: Path, group) -> DiskPublisher:
+    return DiskPublisher(fleet.place, client, hf_fields.read(checkpoint), "fp32", group)
+
+
+def requests(count: int, num_samples: int = 4) -> list[Request]:
+    return [Request(key=i, token_ids=(256, *range(i % 200, i % 200 + 8)), num_samples=num_samples) for i in range(count)]
+
+
+def check_complete(found: list[Completion], asked: list[Request], version: int) -> None:
+    assert [(c.key, c.index) for c in found] == [(r.key, index) for r in asked for index in range(r.num_samples)]
+    assert {c.weight_version for c in found} == {version}
+    assert all(len(c.token_ids) == len(c.logprobs) for c in found)
+    assert {c.finish_reason for c in found} <= {FinishReason.stop, FinishReason.length}
+
+
+def when(condition, act) -> threading.Thread:
+    """`act` once the condition holds, in a thread."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 100
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_is_lost_in_mid_rollout(fleet: Servers, client, number: int) -> None:
+    """Killed, or hung: its sequences are asked for again, and it comes back with the weights that are due."""
+    asked, seen = requests(100), []
+    engine = fleet.engines[0]
+    starts = engine.starts
+    thread = when(lambda: len(seen) >= 30, lambda: kill(engine, number))
+    found = client.generate(asked, PARAMS, seen.append)
+    thread.join()
+    check_complete(found, asked, 1)
+    assert Counter((c.key, c.index) for c in seen) == Counter((c.key, c.index) for c in found)
+    deadline = time.monotonic() + 150
+    while (engine.starts == starts or not engine.answered) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert engine.starts == starts + 1
+    assert httpx.get(f"{engine.url}/model_info").json()["weight_version"] == "1"
+    check_complete(client.generate(requests(10), PARAMS), requests(10), 1)
+
+
+def test_a_server_is_killed_in_mid_publish(fleet: Servers, client, qwen2, alone) -> None:
+    engine = fleet.engines[1]
+    starts, newest = engine.starts, fleet.place.path(2)
+    thread = when(newest.exists, lambda: kill(engine))
+    publisher(fleet, client, qwen2[1], alone).publish(exporting(qwen2[1]), 2)
+    thread.join()
+    deadline = time.monotonic() + 150
+    while engine.starts == starts and time.monotonic() < deadline:
+        time.sleep(0.1)
+    check_complete(client.generate(requests(10), PARAMS), requests(10), 2)
+    client.wait_until_ready()
+    assert [httpx.get(f"{one.url}/model_info").json()["weight_version"] for one in fleet.engines] == ["2", "2"]
+
+
+class BrokenConnections(httpx.AsyncHTTPTransport):
+    """One call in a hundred fails: half of them before they reach the server, half when the answer is on its way."""
+
+    def __init__(self) -> None:
+        super().__init__(limits=httpx.Limits(max_connections=None))
+        self.chance, self.broken = random.Random(0), 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        drawn = self.chance.random()
+        self.broken += drawn < 0.01
+        if drawn < 0.005:
+            raise httpx.ConnectError("injected")
+        answer = await super().handle_async_request(request)
+        if drawn < 0.01:
+            await answer.aread()
+            raise httpx.ReadError("injected")
+        return answer
+
+
+@pytest.mark.slow
+def test_many_short_requests_over_bad_connections(fleet: Servers, client, record_property) -> None:
+    transport = BrokenConnections()
+    bad = fleet.client(transport=transport, max_in_flight=128)
+    bad.load_from_disk(str(fleet.place.newest().path), 1)
+    resident = psutil.Process().memory_info().rss
+    peak, done = [resident], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            peak[0] = max(peak[0], psutil.Process().memory_info().rss)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    asked = requests(1250, 16)
+    began = time.monotonic()
+    found = bad.generate(asked, SamplingParams(max_tokens=2))
+    seconds = time.monotonic() - began
+    done.set()
+    thread.join()
+    check_complete(found, asked, 1)
+    assert len(found) == 20_000 and transport.broken > 100
+    record_property("grown by MB", (peak[0] - resident) / 1e6)
+    record_property("requests a second", 20_000 / seconds)
+    print(f"{transport.broken} broken, {20_000 / seconds:.0f} requests/s, grown by {(peak[0] - resident) / 1e6:.0f} MB")
+    assert peak[0] - resident < 100e6  # 20,000 completions are some 20 MB of it
