@@ -35,7 +35,7 @@ def plain(x, SIZE: tl.constexpr): ...
 @triton.jit(do_not_specialize=["n"])
 def tuned(x: tl.tensor | None, n, SIZE: tl.constexpr): ...
 
-BLOCK = tl.constexpr(5)
+assert tl.constexpr(5).value == 5
 assert plain.__name__ == "plain" and tuned.fn.__name__ == "tuned"
 assert not isinstance(1, tl.dtype) and libdevice.exp is libdevice.exp and tl.math.exp
 assert (triton.cdiv(7, 3), triton.cdiv(6, 3)) == (3, 2)

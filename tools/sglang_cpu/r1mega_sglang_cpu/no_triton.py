@@ -44,8 +44,9 @@ class StandIn(metaclass=_Meta):
             return _kernel(arguments[0])
         return super().__new__(cls)
 
-    def __init__(self, *_arguments: Any, **_options: Any) -> None:
-        """Nothing is kept."""
+    def __init__(self, *arguments: Any, **_options: Any) -> None:
+        # `tl.constexpr(5).value`, which srt/models/deepseek_v4.py reads on import
+        self.value = arguments[0] if arguments else None
 
     def __call__(self, function: Any = None, *_arguments: Any, **_options: Any) -> Any:
         if isinstance(function, FunctionType | Kernel):
