@@ -68,3 +68,10 @@ def test_names_of_sgl_kernel_say_so() -> None:
     result = run("import sgl_kernel; sgl_kernel.verify_tree_greedy_cpu(1)")
     assert "sgl_kernel.verify_tree_greedy_cpu stands for a compiled kernel" in result.stderr
     assert "ImportError" in run("from sgl_kernel import silu_and_mul").stderr
+
+
+def test_a_patch_without_its_place_ends_the_process() -> None:
+    result = run("from r1mega_sglang_cpu import plugin; plugin._get('nowhere', 'thing')")
+    assert result.returncode != 0 and "cannot patch sglang.srt.nowhere" in result.stderr
+    result = run("from r1mega_sglang_cpu import plugin; plugin._get_attribute(sys, 'thing')")
+    assert "sys has no thing to patch; is this SGLang 0.5.21?" in result.stderr
