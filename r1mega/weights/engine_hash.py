@@ -1,0 +1,164 @@
+"""SGLang's hashes of a tensor, taken piece by piece: what `/weights_checker` of 0.5.21 prints of each parameter.
+
+Where the engine's parameters are on CPU it is SHA-256 of their bytes, cut to 64 bits (`srt/managers/mm_utils.py`
+`tensor_hash`). On CUDA it is a hash of its own (`kernels/ops/memory/gpu_tensor_hash.py`), restated by `GpuHash`. Both
+print 16 hex digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import torch
+
+_WORD = 4
+_TILE = 8192  # words hashed together; SGLang's default, which its checker uses
+_BATCH = 128 * _TILE  # words worked on at once: 4 MiB, and several times that for what is worked out from them
+_MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
+_MIX = (0x85EBCA6B, 0xC2B2AE35)  # of MurmurHash3's 32-bit finaliser
+_SEED = 0x243F6A88
+# Of each half of the hash: the factor of a word's position, its rotation, and the seed added to it.
+_HALVES = (
+    (0x27D4EB2D, 15, _SEED),
+    (0x165667B1, 13, ((_SEED * 0x9E3779B1) ^ 0xDEADBEEF) & _MASK32),
+)
+
+
+class Hash(Protocol):
+    """A hash in the making: `update` with the next bytes as often as it takes, then `hex` once."""
+
+    def update(self, nbytes: torch.Tensor) -> None:
+        """The next bytes: uint8 [n], contiguous."""
+
+    def hex(self) -> str:
+        """16 hex digits of all bytes together."""
+
+
+class CpuHash:
+    """The first 64 bits of SHA-256."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def update(self, nbytes: torch.Tensor) -> None:
+        self._sha.update(memoryview(nbytes.cpu().numpy()))
+
+    def hex(self) -> str:
+        return self._sha.hexdigest()[:16]
+
+
+class GpuHash:
+    """The hash of a parameter on CUDA, worked out with torch where the bytes are, on CPU or CUDA.
+
+    The bytes are read as little-endian words of 32 bits, with zeros after the last. Every word is mixed with its
+    position, twice; tiles of 8192 words are summed, mixed with the tensor's size, summed again, and mixed once more.
+    Sums let pieces be added as they come, but the size has to be known before.
+
+    It gives what SGLang's kernel gives under Triton's interpreter; against the kernel on a GPU it has not been run.
+
+    Args:
+        total: bytes of the whole tensor. Raises ValueError from 8 GiB on, where the kernel's 32-bit positions run over.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._words = -(-total // _WORD)
+        if self._words >= 1 << 31:
+            raise ValueError(
+                f"engine parameter: got {total} bytes; its hash on CUDA is known below 8 GiB; use more ranks"
+            )
+        self._seen = 0
+        self._rest = torch.empty(0, dtype=torch.uint8)
+        self._open = [0, 0]  # sums of the tile that is not full yet
+        self._sum = 0
+
+    def update(self, nbytes: torch.Tensor) -> None:
+        if self._rest.numel():
+            nbytes = torch.cat([self._rest.to(nbytes.device), nbytes])
+        whole = nbytes.numel() // _WORD * _WORD
+        self._rest = nbytes[whole:].clone()
+        if nbytes.storage_offset() % _WORD:  # torch reads words at multiples of four alone
+            nbytes = nbytes.clone()
+        for words in nbytes[:whole].view(torch.int32).split(_BATCH):
+            self._add(words)
+
+    def hex(self) -> str:
+        if self._rest.numel():
+            zeros = torch.zeros(_WORD - self._rest.numel(), dtype=torch.uint8, device=self._rest.device)
+            self._add(torch.cat([self._rest, zeros]).view(torch.int32))
+        assert self._seen == self._words, "bytes are missing"
+        if self._seen % _TILE:
+            self._close(*self._open)
+        if not self._words:
+            return f"{0:016x}"
+        mixed = self._sum
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # SplitMix64's finaliser
+            mixed = ((mixed ^ (mixed >> shift)) * factor) & _MASK64
+        return f"{mixed:016x}"
+
+    def _add(self, words: torch.Tensor) -> None:
+        """int32 [n]. The tile that is open is filled first, then whole tiles are summed, then another is left open."""
+        begin = self._seen
+        self._seen += words.numel()
+        positions = torch.arange(begin, self._seen, dtype=torch.int32, device=words.device)
+        halves = [_mixed_words(words, positions, *half) for half in _HALVES]
+        first = min(-begin % _TILE, words.numel())
+        if first:
+            self._open = [known + int(half[:first].sum()) for known, half in zip(self._open, halves, strict=True)]
+            if (begin + first) % _TILE == 0:
+                self._close(*self._open)
+                self._open = [0, 0]
+        tiles = (words.numel() - first) // _TILE
+        last = first + tiles * _TILE
+        sums = (half[first:last].view(tiles, _TILE).sum(1).tolist() for half in halves)
+        for one, other in zip(*sums, strict=True):
+            self._close(one, other)
+        if last < words.numel():
+            self._open = [int(half[last:].sum()) for half in halves]
+
+    def _close(self, one: int, other: int) -> None:
+        size = (self._words * _WORD) & _MASK32
+        high, low = (_mixed((half & _MASK32) ^ size) for half in (one, other))
+        self._sum = (self._sum + (high << 32) + low) & _MASK64
+
+
+def hash_for(device: str, total: int) -> Hash:
+    """A new hash of a tensor of `total` bytes, as an engine on `device` reports it.
+
+    Raises ValueError for a device whose hash is not known.
+    """
+    if device == "cpu":
+        return CpuHash()
+    if device == "cuda":
+        return GpuHash(total)
+    raise ValueError(f"engine device: got {device!r}; must be cpu or cuda; the hash of no other device is known")
+
+
+def _mixed_words(words: torch.Tensor, positions: torch.Tensor, factor: int, rotation: int, seed: int) -> torch.Tensor:
+    """int32 [n] twice -> int32 [n]. Products and sums of int32 wrap, as those of uint32 do: the bits are the same."""
+    turned = (positions << rotation) | _shifted(positions, 32 - rotation)
+    mixed = words ^ ((positions * _signed(factor) + _signed(seed)) ^ turned)
+    mixed ^= _shifted(mixed, 16)
+    mixed *= _signed(_MIX[0])
+    mixed ^= _shifted(mixed, 13)
+    mixed *= _signed(_MIX[1])
+    mixed ^= _shifted(mixed, 16)
+    return mixed
+
+
+def _shifted(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """To the right, with zeros from the left; torch repeats the sign."""
+    return (words >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _mixed(word: int) -> int:
+    """The same finaliser for one number."""
+    word ^= word >> 16
+    word = (word * _MIX[0]) & _MASK32
+    word ^= word >> 13
+    word = (word * _MIX[1]) & _MASK32
+    return word ^ (word >> 16)
