@@ -14,7 +14,9 @@ import torch
 
 _WORD = 4
 _TILE = 8192  # words hashed together; SGLang's default, which its checker uses
-_BATCH = 128 * _TILE  # words worked on at once: 4 MiB, and several times that for what is worked out from them
+# Words worked on at once. On a host what is worked out from them should stay in its cache: measured 200 MiB/s of a
+# core's time with 4 tiles, 33 with 128. A device wants few, large steps.
+_BATCHES = {"cpu": 4 * _TILE, "cuda": 1024 * _TILE}
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 _MIX = (0x85EBCA6B, 0xC2B2AE35)  # of MurmurHash3's 32-bit finaliser
 _SEED = 0x243F6A88
@@ -79,7 +81,7 @@ class GpuHash:
         self._rest = nbytes[whole:].clone()
         if nbytes.storage_offset() % _WORD:  # torch reads words at multiples of four alone
             nbytes = nbytes.clone()
-        for words in nbytes[:whole].view(torch.int32).split(_BATCH):
+        for words in nbytes[:whole].view(torch.int32).split(_BATCHES[nbytes.device.type]):
             self._add(words)
 
     def hex(self) -> str:
