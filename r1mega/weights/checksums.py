@@ -134,9 +134,12 @@ def compare(params: Sequence[EngineParam], expected: Mapping[str, str], reported
 def reported_by_rank(answer: Mapping[str, Any]) -> dict[int, dict[str, str]]:
     """What `/weights_checker {"action": "checksum"}` answered: of each rank name -> 16 hex digits.
 
-    What a draft model reports (multi-token prediction) is left out; SGLang puts its role before its names. Raises
-    ValueError where the engine failed, where an answer is not of this kind, or where a rank reports twice, as the ranks
-    of `--dp-size` copies do.
+    What a draft model reports (multi-token prediction) is left out; SGLang puts its role before its names. A rank may
+    report several times: with data parallel attention each part answers for all ranks, and whole copies of a model
+    count their ranks from 0 each.
+
+    Raises:
+        ValueError: the engine failed, the answer is not of this kind, or a rank's reports are not alike.
     """
     found: dict[int, dict[str, str]] = {}
     try:
@@ -146,9 +149,10 @@ def reported_by_rank(answer: Mapping[str, Any]) -> dict[int, dict[str, str]]:
             infos = entry["parallelism_info"]
             drafts = tuple(f"{info['role']}." for info in infos if info["role"] != "target")
             rank = infos[0]["rank"]
-            if rank in found:
-                raise ValueError(f"weights_checker: rank {rank} reported twice; ask each copy of the model by itself")
-            found[rank] = {name: told for name, told in entry["checksums"].items() if not name.startswith(drafts)}
+            told = {name: digits for name, digits in entry["checksums"].items() if not name.startswith(drafts)}
+            if found.setdefault(rank, told) != told:
+                unlike = sorted({name for name, _ in found[rank].items() ^ told.items()})
+                raise ValueError(f"weights_checker: rank {rank} reported twice, of {_few(unlike)} not the same")
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"weights_checker: not an answer of SGLang 0.5.21's checksum action ({error!r})") from None
     return found

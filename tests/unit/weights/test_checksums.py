@@ -225,8 +225,10 @@ def test_the_answer_of_an_engine_is_taken_apart():
         reported_by_rank({"success": False, "message": "no"})
     with pytest.raises(ValueError, match="not an answer"):
         reported_by_rank({"success": True, "message": "Success."})
-    with pytest.raises(ValueError, match="rank 0 reported twice"):
-        reported_by_rank({**answer, "ranks": [rank(0), rank(0)]})
+    assert reported_by_rank({**answer, "ranks": [rank(0), rank(1), rank(0), rank(1)]}) == reported_by_rank(answer)
+    other = rank(0) | {"checksums": {"a": "1" * 16}}
+    with pytest.raises(ValueError, match="rank 0 reported twice, of a not the same"):
+        reported_by_rank({**answer, "ranks": [rank(0), other]})
 
 
 def gpu_hash_by_the_word(data: bytes) -> str:
