@@ -91,7 +91,7 @@ def test_the_order_of_arrival_does_not_matter(seed: int, device: str):
     results = []
     for items in (tensors.items(), shuffled):
         checksums = ExpectedChecksums(params, dtype=torch.bfloat16, device=device)
-        memory = torch.empty(1 << 16)
+        memory = torch.empty(1 << 16, dtype=torch.bfloat16)  # nothing has to be converted: what is held must be a copy
         for name, tensor in items:  # the sender reuses its buffer
             view = memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
             checksums.add(name, view)
