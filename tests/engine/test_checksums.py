@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from r1mega.models.hf_fields import read
 from r1mega.weights.checksums import ExpectedChecksums, compare, reported_by_rank
@@ -71,3 +71,25 @@ def test_every_parameter_is_as_expected(
         assert stale == set(expected) - padding, "other weights in the same parameters have the same checksums"
         agreed += len(params)
     record_property("parameters that agreed", agreed)
+
+
+def test_a_name_that_the_engine_skips_is_named(
+    model_dir: Callable[..., Path], serve: Callable[..., Any], tmp_path: Path
+) -> None:
+    """SGLang takes a load with a name that it does not know for a success; that parameter stays as it was."""
+    start, later = (model_dir("deepseek_v3", seed=seed) for seed in (0, 1))
+    skipped = "model.layers.2.mlp.experts.3.up_proj.weight"
+    tensors = load_file(later / "model.safetensors")
+    wrong = {
+        name.replace("experts.3.up_proj", "experts.3.w3") if name == skipped else name: tensors[name]
+        for name in tensors
+    }
+    save_file(wrong, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with serve(start) as server:
+        answer = server.post("/update_weights_from_disk", model_path=str(tmp_path))
+        assert answer["success"], answer
+        reported = reported_by_rank(server.post("/weights_checker", action="checksum"))[0]
+    params = engine_params(read(start), EngineLayout(), 0, EngineBuild(device="cpu"))
+    (mismatch,) = compare(params, expected_of(later, params, "float32"), reported)
+    assert (mismatch.param, mismatch.kind) == ("model.layers.2.mlp.experts.w13_weight", "different")
+    assert skipped in mismatch.tensors
