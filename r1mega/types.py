@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -145,14 +145,18 @@ class Engine(Protocol):
         """Teacher-forced log-probs at temperature 1: for each sequence, the log-prob of token t+1 given tokens 0..t."""
 
 
+class EngineRefused(Exception):
+    """A server understood and said no: asking again does not help."""
+
+
 class Servers(Protocol):
-    """Engines in processes of their own, as who publishes to them sees them."""
+    """Engines in processes of their own, as who publishes to them sees them. Both raise EngineRefused."""
 
     def load_from_disk(self, directory: str, version: int) -> None:
         """Make every server load a checkpoint directory."""
 
-    def checksums(self) -> list[list[dict[str, str]]]:
-        """[server][rank]: parameter -> hash of its bytes, as the servers say."""
+    def checksums(self) -> list[dict[str, Any]]:
+        """What each server says of the hashes of its parameters, as it says it."""
 
 
 class Export(Protocol):

@@ -148,17 +148,22 @@ def _engine(config: Config, run: RlRun) -> tuple[Engine | None, int]:
         return engine, rollout.engines
     from r1mega.rollout.sglang import SglangEngines
     from r1mega.weights.disk import DiskPublisher
+    from r1mega.weights.engine_layout import EngineLayout
+    from r1mega.weights.proof import PublishProof, build_of
 
     sglang = config.sglang
+    dtype = str(sglang.dtype or config.precision.params)
     place = Shelf(folder_of(config.run.dir, sglang.weights_dir))
-    servers = None
+    servers = proof = None
     if rank == 0:
         # A server may hang, be started again and load, and all of that is no reason to give up.
         patience = sglang.startup_seconds + sglang.hang_seconds
         urls = json.loads(place.addresses.read_text(encoding="utf-8"))
         servers = SglangEngines(urls, max_in_flight=rollout.max_in_flight, patience_seconds=patience)
-    dtype = str(sglang.dtype or config.precision.params)
-    run.publish = DiskPublisher(place, servers, run.fields, dtype, run.groups.control).publish
+        layout = EngineLayout(tp=sglang.tp, ep=sglang.ep, attn_dp=sglang.attn_dp)
+        build = build_of(str(config.device.type), sglang.extra_args)
+        proof = PublishProof(run.fields, layout, build, _dtype(dtype), sglang.verify_share)
+    run.publish = DiskPublisher(place, servers, run.fields, dtype, proof, run.groups.control).publish
     return servers, 1
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from r1mega.types import FinishReason, SamplingParams
+from r1mega.types import EngineRefused, FinishReason, SamplingParams
 
 CONNECT_SECONDS = 10.0
 HEALTH_SECONDS = 30.0  # SGLang itself gives up on its scheduler after 20
@@ -16,10 +16,6 @@ HEALTH_SECONDS = 30.0  # SGLang itself gives up on its scheduler after 20
 
 class EngineUnavailable(Exception):
     """The server cannot be reached, broke off, or failed inside: ask again, here or elsewhere."""
-
-
-class EngineRefused(Exception):
-    """The server understood and said no: asking again does not help."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +76,9 @@ class EngineClient:
         body = {"model_path": path, "load_format": "auto", "weight_version": version, "flush_cache": True}
         await self._succeed("/update_weights_from_disk", body, timeout)
 
-    async def checksums(self, timeout: float) -> list[dict[str, str]]:
-        """Of each rank of the server: parameter -> hash of its bytes."""
-        found = await self._call("POST", "/weights_checker", {"action": "checksum"}, timeout=timeout)
-        if not found.get("success"):
-            raise EngineRefused(f"{self.url}/weights_checker: {found.get('message')}")
-        ranks = sorted(found["payload"], key=lambda entry: entry["parallelism_info"][0]["rank"])
-        return [entry["checksums"] for entry in ranks]
+    async def checksums(self, timeout: float) -> dict[str, Any]:
+        """What the server says of the hashes of its parameters; see weights/checksums.py."""
+        return await self._call("POST", "/weights_checker", {"action": "checksum"}, timeout=timeout)
 
     async def pause(self, mode: str) -> None:
         """Stop generating: `abort` ends what runs, `retract` puts it back into the queue, `in_place` freezes it."""

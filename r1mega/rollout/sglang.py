@@ -12,16 +12,17 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
-from r1mega.rollout.client import Answer, EngineClient, EngineRefused, EngineUnavailable
-from r1mega.types import Completion, FinishReason, Request, SamplingParams
+from r1mega.rollout.client import Answer, EngineClient, EngineUnavailable
+from r1mega.types import Completion, EngineRefused, FinishReason, Request, SamplingParams
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.5
 _ATTEMPTS = 10  # of one sequence, before it is held to be what makes servers fail
+_FAILURES = 3  # of a server, one after the other: a connection may break off, and the server be well
 
 
 class EnginesLost(RuntimeError):
@@ -34,6 +35,7 @@ class _Server:
 
     client: EngineClient
     held: int = 0  # requests it has not answered
+    failures: int = 0  # since it last answered
     is_up: bool = True
     why_not: str = ""
 
@@ -111,13 +113,21 @@ class SglangEngines:
 
         self._run(load)
 
-    def checksums(self) -> list[list[dict[str, str]]]:
-        """[server][rank]: parameter -> hash of its bytes, as the servers say."""
-        found: list[list[dict[str, str]]] = []
+    def checksums(self) -> list[dict[str, Any]]:
+        """What each server says of the hashes of its parameters. Raises EnginesLost, EngineRefused."""
+        found: list[dict[str, Any]] = []
+
+        async def of(server: _Server) -> dict[str, Any]:
+            for _ in range(_ATTEMPTS):
+                try:
+                    return await server.client.checksums(self._patience)
+                except EngineUnavailable as error:
+                    server.why_not = str(error)
+                    await self._bring_up_to_date(server)
+            raise EnginesLost(f"asked {_ATTEMPTS} times in vain, last: {server.why_not}")
 
         async def ask(fleet: _Fleet) -> None:
-            calls = (server.client.checksums(self._patience) for server in fleet.servers)
-            found.extend(await asyncio.gather(*calls))
+            found.extend(await asyncio.gather(*map(of, fleet.servers)))
 
         self._run(ask)
         return found
@@ -187,8 +197,11 @@ class SglangEngines:
                 found = await call(server.client)
             except EngineUnavailable as error:
                 errors.append(str(error))
-                self._leave_out(fleet, server, str(error))
+                server.failures += 1
+                if server.failures >= _FAILURES:
+                    self._leave_out(fleet, server, str(error))
             else:
+                server.failures = 0
                 fleet.last_up = time.monotonic()
                 return found
             finally:
@@ -226,7 +239,7 @@ class SglangEngines:
             server.why_not += f", then {error}"  # the others go on; where there are none, their patience ends
             return
         async with fleet.changed:
-            server.is_up, server.why_not = True, ""
+            server.is_up, server.why_not, server.failures = True, "", 0
             fleet.changed.notify_all()
 
     async def _bring_up_to_date(self, server: _Server, *, again: bool = False) -> None:

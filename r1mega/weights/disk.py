@@ -6,7 +6,7 @@ again finds the weights that are due.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
 
 import torch
 import torch.distributed as dist
@@ -15,14 +15,12 @@ from r1mega.models.hf_fields import HfFields
 from r1mega.models.hf_io import CheckpointWriter
 from r1mega.models.tables import slots_of
 from r1mega.parallel.collectives import share
-from r1mega.types import Export, Servers
+from r1mega.types import EngineRefused, Export, Servers
+from r1mega.weights.proof import PublishProof
 from r1mega.weights.shelf import Shelf
 from r1mega.weights.slices import dtype_of
 
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-# (tensors by name as they were sent) -> what the servers hold instead, in words; none where all is as sent.
-Check = Callable[[Mapping[str, torch.Tensor]], list[str]]
 
 
 class PublishError(RuntimeError):
@@ -35,13 +33,20 @@ class DiskPublisher:
     Args:
         servers: on that rank, rank 0 of the group; None on the others.
         dtype: that the servers hold weights in, "fp32" or "bf16". What is always kept in fp32 stays so.
+        proof: what the servers have to report, on the rank that speaks to them.
         group: all ranks, for objects.
     """
 
     def __init__(
-        self, place: Shelf, servers: Servers | None, fields: HfFields, dtype: str, group: dist.ProcessGroup
+        self,
+        place: Shelf,
+        servers: Servers | None,
+        fields: HfFields,
+        dtype: str,
+        proof: PublishProof | None,
+        group: dist.ProcessGroup,
     ) -> None:
-        self._place, self._servers, self._group = place, servers, group
+        self._place, self._servers, self._proof, self._group = place, servers, proof, group
         self._dtypes = {
             tensor.name: _TORCH_DTYPES[dtype_of(slot, tensor, dtype)]
             for slot in slots_of(fields)
@@ -54,11 +59,13 @@ class DiskPublisher:
         Raises PublishError on every rank where the servers report other weights a second time.
         """
         faults: list[str] = []
-        for _ in range(2):
+        for attempt in (1, 2):
             faults = share(self._once(export, version), self._group)
             if not faults:
                 return
-        raise PublishError(f"weights of version {version} did not arrive: {'; '.join(faults)}")
+            if attempt == 1 and self._servers is not None:
+                print(f"weights {version} did not arrive, publishing again: {'; '.join(faults)}", file=sys.stderr)
+        raise PublishError("\n".join([f"weights {version} did not arrive, published twice:", *faults]))
 
     def _once(self, export: Export, version: int) -> list[str]:
         tensors = export(wanted=self._servers is not None)
@@ -66,11 +73,19 @@ class DiskPublisher:
             for _ in tensors:
                 raise AssertionError("a rank that speaks to no server asked for tensors")
             return []
-        writer = CheckpointWriter(self._place.path(version), source=self._place.model, dtypes=self._dtypes)
+        assert self._proof is not None
+        expectation = self._proof.expect(version)
+        path = self._place.path(version)
+        writer = CheckpointWriter(path, source=self._place.model, dtypes=self._dtypes)
         for name, tensor in tensors:
+            expectation.add(name, tensor)
             writer.add(name, tensor)
         writer.close()
         self._place.set_newest(version)
-        self._servers.load_from_disk(str(self._place.path(version)), version)
+        try:
+            self._servers.load_from_disk(str(path), version)
+            faults = [] if expectation.is_empty else expectation.faults(self._servers.checksums())
+        except EngineRefused as error:
+            return [str(error)]
         self._place.drop_others(version)
-        return []
+        return faults

@@ -1,6 +1,6 @@
 """Builds the stages of DeepSeek-V3 at a layout of hundreds of ranks, in one process without their memory, and compares
-every parameter of every rank with the table. Prints one JSON line. `python imagined_671b.py LAYOUT`; with `--break` one row of
-the table is wrong, and only the first stage is looked at."""
+every parameter of every rank with the table. Prints one JSON line. `python imagined_671b.py LAYOUT`; with `--break` one
+row of the table is wrong, and only the first stage is looked at."""
 
 from __future__ import annotations
 

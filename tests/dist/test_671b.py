@@ -14,9 +14,10 @@ import pytest
 from r1mega.models import fp8_blocks
 from r1mega.models.dist_tensors import pieces_of
 
-SCRIPT = Path(__file__).with_name("imagined_671b.py")
-sys.path.insert(0, str(SCRIPT.parent))
+sys.path.insert(0, str(Path(__file__).parent))
 from imagined_671b import FIELDS
+
+SCRIPT = Path(__file__).with_name("imagined_671b.py")
 
 
 def imagined(layout: str, *options: str) -> dict:

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import compare_logprobs
 import pytest
 
+import compare_logprobs
 from r1mega.launch import supervise
 
 TOOL = Path(compare_logprobs.__file__).resolve()

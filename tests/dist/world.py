@@ -151,5 +151,6 @@ def mtp_alone() -> None:
     save(found)
 
 
-{"mtp_alone": mtp_alone, "offload": offload, "round_trip": round_trip, "random_weights": random_weights, "grpo": grpo}[args.case]()
+CASES = (mtp_alone, offload, round_trip, random_weights, grpo)
+{case.__name__: case for case in CASES}[args.case]()
 groups.shutdown()

@@ -13,11 +13,16 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 
 from r1mega.models import hf_fields
+from r1mega.models.hf_io import CheckpointWriter
+from r1mega.rollout.client import EngineClient
 from r1mega.types import Completion, FinishReason, Request, SamplingParams
-from r1mega.weights.disk import DiskPublisher
+from r1mega.weights.disk import DiskPublisher, PublishError
+from r1mega.weights.engine_layout import EngineLayout
+from r1mega.weights.proof import PublishProof, build_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fleets import Servers, exporting, kill, servers
@@ -57,11 +62,13 @@ def client(fleet: Servers, qwen2, alone):
 
 
 def publisher(fleet: Servers, client, checkpoint: Path, group) -> DiskPublisher:
-    return DiskPublisher(fleet.place, client, hf_fields.read(checkpoint), "fp32", group)
+    fields = hf_fields.read(checkpoint)
+    proof = PublishProof(fields, EngineLayout(), build_of("cpu", ()), torch.float32, 1.0)
+    return DiskPublisher(fleet.place, client, fields, "fp32", proof, group)
 
 
 def requests(count: int, num_samples: int = 4) -> list[Request]:
-    return [Request(key=i, token_ids=(256, *range(i % 200, i % 200 + 8)), num_samples=num_samples) for i in range(count)]
+    return [Request(i, (256, *range(i % 200, i % 200 + 8)), num_samples) for i in range(count)]
 
 
 def check_complete(found: list[Completion], asked: list[Request], version: int) -> None:
@@ -116,6 +123,62 @@ def test_a_server_is_killed_in_mid_publish(fleet: Servers, client, qwen2, alone)
     check_complete(client.generate(requests(10), PARAMS), requests(10), 2)
     client.wait_until_ready()
     assert [httpx.get(f"{one.url}/model_info").json()["weight_version"] for one in fleet.engines] == ["2", "2"]
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+PARAM = "model.layers.1.mlp.gate_up_proj.weight: the engine's is not what was published"
+
+
+def flipped(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """One bit of one weight."""
+    if name == NAME:
+        tensor = tensor.clone()
+        tensor.view(torch.int32)[3, 5] ^= 1
+    return name, tensor
+
+
+def renamed(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """A name that SGLang does not know, which it skips in silence."""
+    return ("model.layers.1.mlp.upper_proj.weight" if name == NAME else name), tensor
+
+
+@pytest.mark.parametrize("damage", [flipped, renamed])
+@pytest.mark.parametrize("times", [1, 2])
+def test_weights_that_do_not_arrive(fleet, client, qwen2, alone, monkeypatch, capsys, damage, times) -> None:
+    """Found and named, published once more; the second time is the last."""
+    made, real = [], CheckpointWriter.add
+
+    def add(writer: CheckpointWriter, name: str, tensor: torch.Tensor) -> None:
+        if writer not in made:
+            made.append(writer)
+        real(writer, *(damage(name, tensor) if len(made) <= times else (name, tensor)))
+
+    monkeypatch.setattr(CheckpointWriter, "add", add)
+    sending = publisher(fleet, client, qwen2[1], alone)
+    if times == 1:
+        sending.publish(exporting(qwen2[1]), 5)
+    else:
+        with pytest.raises(PublishError) as caught:
+            sending.publish(exporting(qwen2[1]), 5)
+        lines = str(caught.value).splitlines()
+        assert lines[0] == "weights 5 did not arrive, published twice:"
+        assert [line.partition(": ")[2].startswith(PARAM) for line in lines[1:]] == [True, True]
+        assert all(NAME in line for line in lines[1:])
+    assert f"engine 0 rank 0: {PARAM}" in capsys.readouterr().err
+    assert len(made) == 2
+
+
+def test_a_publish_that_is_skipped(fleet, client, qwen2, alone, monkeypatch) -> None:
+    """The version moves on and the weights do not."""
+
+    async def only_the_version(self: EngineClient, path: str, version: str, timeout: float) -> None:
+        await self._call("POST", "/update_weight_version", {"new_version": version}, timeout=timeout)
+
+    monkeypatch.setattr(EngineClient, "load_from_disk", only_the_version)
+    with pytest.raises(PublishError) as caught:
+        publisher(fleet, client, qwen2[1], alone).publish(exporting(qwen2[1]), 6)
+    assert "engine 0 rank 0: model.embed_tokens.weight: " in str(caught.value)
+    assert str(caught.value).endswith("and 54 more parameters")  # all of them, on both servers
 
 
 class BrokenConnections(httpx.AsyncHTTPTransport):

@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from r1mega.rollout import sglang
-from r1mega.rollout.client import EngineRefused, EngineUnavailable, answer_of
+from r1mega.rollout.client import EngineUnavailable, answer_of
 from r1mega.rollout.sglang import EnginesLost, SglangEngines
-from r1mega.types import Completion, FinishReason, Request, SamplingParams
+from r1mega.types import Completion, EngineRefused, FinishReason, Request, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_servers import FakeServer, FakeServers, answer

@@ -1,0 +1,87 @@
+"""Do the servers hold what was published? Their checksums of every parameter against those that the tensors make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from r1mega.models.hf_fields import HfFields
+from r1mega.weights.checksums import ExpectedChecksums, compare, reported_by_rank, sampled
+from r1mega.weights.engine_layout import EngineLayout
+from r1mega.weights.engine_params import EngineBuild, engine_params
+
+_NAMED = 8  # mismatches that a message names
+
+
+class PublishProof:
+    """What servers of one kind have to report.
+
+    Args:
+        layout: of one server; all are alike.
+        dtype: that they hold weights in.
+        share: of the parameters, whose checksums are compared, others at each version; 0 compares none.
+    """
+
+    def __init__(
+        self, fields: HfFields, layout: EngineLayout, build: EngineBuild, dtype: torch.dtype, share: float
+    ) -> None:
+        self._params = [engine_params(fields, layout, rank, build) for rank in range(layout.num_ranks)] if share else []
+        self._dtype, self._device, self._share = dtype, build.device, share
+
+    def expect(self, version: int) -> Expectation:
+        """Ready for the tensors of one publish."""
+        hashing = [
+            ExpectedChecksums(sampled(params, version, self._share), dtype=self._dtype, device=self._device)
+            for params in self._params
+        ]
+        return Expectation(self, hashing)
+
+    def faults(self, expected: Sequence[Mapping[str, str]], answers: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What differs, by server, rank and tensor; empty where nothing does."""
+        found = []
+        for server, answer in enumerate(answers):
+            reported = reported_by_rank(answer)
+            for rank, (params, digests) in enumerate(zip(self._params, expected, strict=True)):
+                if rank not in reported:
+                    found.append(f"engine {server} rank {rank}: reports nothing")
+                    continue
+                mismatches = compare(params, digests, reported[rank])
+                found += [f"engine {server} rank {rank}: {mismatch}" for mismatch in mismatches]
+        more = [f"and {len(found) - _NAMED} more parameters"] if len(found) > _NAMED else []
+        return found[:_NAMED] + more
+
+
+class Expectation:
+    """The checksums of one publish, hashed while its tensors pass by."""
+
+    def __init__(self, proof: PublishProof, hashing: Sequence[ExpectedChecksums]) -> None:
+        self._proof, self._hashing = proof, hashing
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is compared."""
+        return not self._hashing
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor as it is sent."""
+        for one in self._hashing:
+            one.add(name, tensor)
+
+    def faults(self, answers: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What the servers' answers say otherwise. Raises ValueError where they cannot be read."""
+        return self._proof.faults([one.result() for one in self._hashing], answers)
+
+
+def build_of(device: str, extra_args: Sequence[str]) -> EngineBuild:
+    """What the servers' further arguments say of their parameters."""
+    text = " ".join(extra_args).replace("=", " ").split()
+    value = dict(zip(text, text[1:], strict=False))
+    return EngineBuild(
+        device=device,
+        fuse_shared_experts=False if "--disable-shared-experts-fusion" in text else None,
+        whole_shared_experts=value.get("--moe-a2a-backend", "none") != "none",
+        whole_dense_mlps=value.get("--moe-dense-tp-size") == "1",
+        dp_lm_head="--enable-dp-lm-head" in text,
+    )
