@@ -1,4 +1,5 @@
 # make demo [SEED=n] [DEVICE=cpu|cuda] [RUNS=dir]   train the toy reasoner from scratch and plot what it learned
+#           [ROLLOUT=embedded|sglang]               ... with the real SGLang as the engine
 # make test                                        lint, import layers and all tests
 # make sglang-cpu                                  the environment of the real SGLang on a machine without a GPU
 # make lint | venv | snapshots | clean
@@ -11,6 +12,7 @@ SHELL := /bin/bash
 SEED ?= 0
 DEVICE ?= cpu
 RUNS ?= runs
+ROLLOUT ?= embedded
 PYTHON ?= python3
 
 # PyPI's Linux torch is a CUDA build; the CPU build is a tenth of its size and comes from torch's own index.
@@ -64,7 +66,7 @@ $(SGLANG_VENV)/.stamp: setup.cfg $(wildcard tools/sglang_cpu/*.* tools/sglang_cp
 	touch $@
 
 # The base model is trained anew as well, so that the seed decides everything. The run before is kept once, as NAME.previous.
-demo: $(STAMP)
+demo: $(STAMP) $(if $(filter sglang,$(ROLLOUT)),sglang-cpu)
 	@for name in toy_base demo; do
 	    if [ -e "$(RUNS)/$$name" ]; then
 	        rm -rf "$(RUNS)/$$name.previous"
@@ -75,12 +77,13 @@ demo: $(STAMP)
 	$(PY) tools/make_toy.py --out "$(RUNS)/toy"
 	$(R1MEGA) train experiment=toy_base device=$(DEVICE) $(LAYOUT) run.seed=$(SEED) run.dir="$(RUNS)/toy_base" \
 	    model.hf="$(RUNS)/toy/base_config" data.train="$(RUNS)/toy/sft.jsonl"
-	$(R1MEGA) train experiment=toy device=$(DEVICE) $(LAYOUT) rollout.engines=$(ENGINES) run.seed=$(SEED) run.dir="$(RUNS)/demo" \
+	$(R1MEGA) train experiment=toy device=$(DEVICE) $(LAYOUT) rollout=$(ROLLOUT) rollout.engines=$(ENGINES) \
+	    sglang.python=$(SGLANG_VENV)/bin/python run.seed=$(SEED) run.dir="$(RUNS)/demo" \
 	    model.hf="$(RUNS)/toy_base/hf" data.train="$(RUNS)/toy/train.jsonl" data.eval="$(RUNS)/toy/eval.jsonl"
 	echo "curves, samples and summary: $(RUNS)/demo"
 
-test: lint
-	$(PY) -m pytest
+test: lint sglang-cpu
+	R1MEGA_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python" $(PY) -m pytest
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from r1mega.models import hf_fields
 from r1mega.models.hf_io import CheckpointWriter
 from r1mega.rollout.client import EngineClient
+from r1mega.rollout.sglang import LIMITS
 from r1mega.types import Completion, FinishReason, Request, SamplingParams
 from r1mega.weights.disk import DiskPublisher, PublishError
 from r1mega.weights.engine_layout import EngineLayout
@@ -185,7 +186,7 @@ class BrokenConnections(httpx.AsyncHTTPTransport):
     """One call in a hundred fails: half of them before they reach the server, half when the answer is on its way."""
 
     def __init__(self) -> None:
-        super().__init__(limits=httpx.Limits(max_connections=None))
+        super().__init__(limits=LIMITS)
         self.chance, self.broken = random.Random(0), 0
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
