@@ -66,7 +66,7 @@ $(SGLANG_VENV)/.stamp: setup.cfg $(wildcard tools/sglang_cpu/*.* tools/sglang_cp
 	touch $@
 
 # The base model is trained anew as well, so that the seed decides everything. The run before is kept once, as NAME.previous.
-demo: $(STAMP) $(if $(filter sglang,$(ROLLOUT)),sglang-cpu)
+demo: $(STAMP) $(if $(filter sglang-cpu,$(ROLLOUT)-$(DEVICE)),sglang-cpu)
 	@for name in toy_base demo; do
 	    if [ -e "$(RUNS)/$$name" ]; then
 	        rm -rf "$(RUNS)/$$name.previous"

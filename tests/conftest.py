@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -104,3 +105,12 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"real problems are not at hand: {path.name}/ beside the repository is absent")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes, where it is not asked for."""
+    if not os.environ.get("R1MEGA_EXTENDED"):
+        skip = pytest.mark.skip(reason="takes minutes: run with R1MEGA_EXTENDED=1")
+        for item in items:
+            if item.get_closest_marker("extended"):
+                item.add_marker(skip)

@@ -1,4 +1,4 @@
-"""The real SGLang reports the checksums that are expected of it, of every parameter on every rank."""
+"""The real SGLang reports the checksums that are expected of it, in layouts that `test_generation` has no server of."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from r1mega.weights.checksums import ExpectedChecksums, compare, reported_by_ran
 from r1mega.weights.engine_layout import EngineLayout
 from r1mega.weights.engine_params import EngineBuild, EngineParam, engine_params
 
+pytestmark = [pytest.mark.extended, pytest.mark.timeout(600)]
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}  # with YaRN, tp=2 does not start on CPU
 # What a checkpoint is, and how its engine is laid out. All sizes that SGLang pads on CPU are padded in one of them.
 CASES: dict[str, tuple[dict[str, Any], EngineLayout, str]] = {

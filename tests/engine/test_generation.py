@@ -11,7 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from r1mega.models.hf_fields import read
 from r1mega.rollout.embedded import EmbeddedEngine
+from r1mega.weights.checksums import ExpectedChecksums, compare, reported_by_rank
+from r1mega.weights.engine_layout import EngineLayout
+from r1mega.weights.engine_params import EngineBuild, engine_params
 
 pytestmark = pytest.mark.timeout(600)  # more than a server's start may take
 
@@ -41,8 +45,8 @@ NUM_TOKENS = 40
 class Case:
     """A server, the checkpoint that it started from, and another of the same shape."""
 
-    def __init__(self, server: Any, start: Path, later: Path) -> None:
-        self.server, self.start, self.later = server, start, later
+    def __init__(self, server: Any, start: Path, later: Path, layout: EngineLayout) -> None:
+        self.server, self.start, self.later, self.layout = server, start, later, layout
 
     def generate(self, temperature: float) -> list[dict[str, Any]]:
         params = {"temperature": temperature, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
@@ -59,7 +63,7 @@ def case(request: pytest.FixtureRequest, model_dir: Callable[..., Path], serve: 
     flags = options.pop("server", {})
     start, later = (model_dir(**options, seed=seed) for seed in (0, 1))
     with serve(start, weight_version="first", **flags) as server:
-        yield Case(server, start, later)
+        yield Case(server, start, later, EngineLayout(**flags))
 
 
 def greedy(directory: Path) -> list[list[int]]:
@@ -113,10 +117,22 @@ def test_the_comparison_sees_other_weights(case: Case) -> None:
     assert largest_difference(case.start, case.generate(temperature=1)) > 0.1
 
 
-def test_the_checksum_is_that_of_the_weights(case: Case) -> None:
-    found = []
-    for directory in (case.start, case.later, case.start):
+def test_checksums_are_those_expected(case: Case, record_property: Callable[[str, object], None]) -> None:
+    """Of every parameter on every rank; and other weights differ in all that is not padding alone."""
+    agreed = 0
+    reported, expected = {}, {}
+    for directory in (case.start, case.later):
         case.load(directory, directory.name)
-        found.append(case.server.post("/weights_checker", action="checksum"))
-    assert found[0] != found[1]
-    assert found[0] == found[2]
+        reported[directory] = reported_by_rank(case.server.post("/weights_checker", action="checksum"))
+    for rank in range(case.layout.num_ranks):
+        params = engine_params(read(case.start), case.layout, rank, EngineBuild(device="cpu"))
+        for directory in (case.start, case.later):
+            checksums = ExpectedChecksums(params, dtype=torch.float32, device="cpu")
+            for name, tensor in load_file(directory / "model.safetensors").items():
+                checksums.add(name, tensor)
+            expected[directory] = checksums.result()
+            assert list(map(str, compare(params, expected[directory], reported[directory][rank]))) == []
+        stale = {mismatch.param for mismatch in compare(params, expected[case.later], reported[case.start][rank])}
+        assert stale == {param.name for param in params if param.parts}
+        agreed += len(params)
+    record_property("parameters that agreed", agreed)
