@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from r1mega.models.param_map import Slot
+
 
 NamedTensors = Iterator[tuple[str, "torch.Tensor"]]
 
@@ -145,25 +147,46 @@ class Engine(Protocol):
         """Teacher-forced log-probs at temperature 1: for each sequence, the log-prob of token t+1 given tokens 0..t."""
 
 
-class EngineRefused(Exception):
-    """A server understood and said no: asking again does not help."""
+class EngineFault(Exception):
+    """A server did not do what it was asked."""
+
+
+class EngineUnavailable(EngineFault):
+    """The server cannot be reached, broke off, or failed inside: ask again, here or elsewhere."""
+
+
+class EngineRefused(EngineFault):
+    """The server understood and said no: asking again does not help."""
 
 
 class Servers(Protocol):
-    """Engines in processes of their own, as who publishes to them sees them. Both raise EngineRefused."""
+    """Engines in processes of their own, as who publishes to them sees them. All raise EngineFault."""
 
     def load_from_disk(self, directory: str, version: int) -> None:
         """Make every server load a checkpoint directory."""
+
+    def begin_update(self) -> None:
+        """Wait until every server answers, and make it ready for weights in several calls."""
+
+    def update_from_tensors(self, payloads: Sequence[Sequence[str]]) -> None:
+        """Hand over tensors: payloads[server][rank]."""
+
+    def end_update(self, version: int) -> None:
+        """All weights have been handed over: serve them, under this version."""
 
     def checksums(self) -> list[dict[str, Any]]:
         """What each server says of the hashes of its parameters, as it says it."""
 
 
-class Export(Protocol):
-    """The trainer's weights as Hugging Face tensors, in one order on all ranks. Collective: every rank walks it."""
+class TrainerWeights(Protocol):
+    """The weights of one trainer rank, as who publishes them sees them."""
 
-    def __call__(self, *, wanted: bool) -> NamedTensors:
-        """(name, whole tensor) where they are `wanted`, nothing where not."""
+    def export_hf(self, *, wanted: bool = True) -> NamedTensors:
+        """(name, tensor) of the whole model where they are `wanted`, nothing where not. Collective: every rank walks
+        it, in one order."""
+
+    def shards(self) -> Sequence[tuple[Slot, int, torch.Tensor]]:
+        """(slot of the table, which shard of it, parameter) of all that this rank holds."""
 
 
 class Reward(Protocol):

@@ -61,6 +61,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("sglang.attn_dp", ((">=", 1),)),
     ("sglang.memory_fraction", ((">", 0), ("<", 1))),
     ("sglang.max_cached_tokens", ((">=", 1),)),
+    ("sglang.bucket_bytes", ((">=", 1),)),
     ("sglang.verify_share", ((">=", 0), ("<=", 1))),
     ("sglang.startup_seconds", ((">", 0),)),
     ("sglang.hang_seconds", ((">", 0),)),

@@ -30,7 +30,7 @@ Mtp = StrEnum("Mtp", ["drop", "freeze", "train"])
 Recompute = StrEnum("Recompute", ["none", "selective", "full"])
 Dispatcher = StrEnum("Dispatcher", ["alltoall", "flex"])
 Verify = StrEnum("Verify", ["full", "quick"])
-Transport = StrEnum("Transport", ["disk"])
+Transport = StrEnum("Transport", ["disk", "ipc"])
 
 
 @dataclass
@@ -225,7 +225,9 @@ class SglangConfig:
     max_cached_tokens: int | None = None
     """Tokens that the cache holds; null lets SGLang fill memory_fraction, on CPU 65,536 (ours)."""
     transport: Transport = Transport.disk
-    """How weights reach the servers: `disk` writes safetensors into weights_dir, which every server reads."""
+    """How weights reach the servers: safetensors in weights_dir (`disk`), or handles of memory on one node (`ipc`)."""
+    bucket_bytes: int = 1 << 30
+    """Bytes that an engine process is handed at once with `ipc` (ours)."""
     weights_dir: str | None = None
     """Where `disk` writes; a file system that all servers see, in memory where there is room. Null: RUN_DIR/engines."""
     verify_share: float = 1.0

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from r1mega.config.schema import Config
+from r1mega.launch import leash
 from r1mega.launch.ports import free_port
-from r1mega.launch.supervise import die_with_parent, signal_name, tail
+from r1mega.launch.supervise import signal_name, tail
 from r1mega.rollout import server
 from r1mega.rollout.engine_config import write_engine_config
 from r1mega.weights import shelf
@@ -64,13 +65,12 @@ class EngineProcess:
         """Start the process in a group of its own; its output is added to the log."""
         with self.log.open("ab") as file:
             self.process = subprocess.Popen(
-                list(self.command()),
-                env={**os.environ, **self.env},
+                [sys.executable, "-I", leash.__file__, *self.command()],
+                env={**os.environ, **self.env, "R1MEGA_LAUNCHER": str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
                 process_group=0,
-                preexec_fn=die_with_parent(os.getpid()) if sys.platform == "linux" else None,
             )
         self.started, self.answered = time.monotonic(), None
         self.starts += 1

@@ -171,7 +171,7 @@ def publish(run: RlRun) -> None:
     """Bring the policy's weights to every engine, resharded into Hugging Face tensors; the version is the update
     count."""
     with run.timer.phase("publish"):
-        run.publish(run.policy.export_hf, run.state.update)
+        run.publish(run.policy, run.state.update)
         if run.config.memory.offload:
             run.policy.hand_over()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from r1mega.algo.lr import learning_rate
 from r1mega.config.checkpoint_files import is_megatron
-from r1mega.config.schema import Config, EngineKind, Init, Loop, Mtp
+from r1mega.config.schema import Config, EngineKind, Init, Loop, Mtp, Transport
 from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
 from r1mega.data.sft import SftSource, read_sft, tokenize_sft
 from r1mega.loop.checkpoints import Checkpoints, restore
@@ -27,7 +27,7 @@ from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
 from r1mega.reward.compose import Rule
 from r1mega.reward.pool import RewardPool
-from r1mega.types import Engine, Export, Prompt
+from r1mega.types import Engine, Prompt, TrainerWeights
 from r1mega.weights.shelf import Shelf, folder_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Run:
 class RlRun(Run):
     """What the RL loop has besides."""
 
-    publish: Callable[[Export, int], None] | None = None  # the weights to every engine, under a version; collective
+    publish: Callable[[TrainerWeights, int], None] | None = None  # to every engine, under a version; collective
     collector: Collector | None = None
     prompts: PromptSource | None = None
     held_out: list[Prompt] = field(default_factory=list)
@@ -144,26 +144,37 @@ def _engine(config: Config, run: RlRun) -> tuple[Engine | None, int]:
         if rank < rollout.engines:
             dtype, device = _dtype(config.precision.params), run.groups.device
             engine = EmbeddedEngine(config.model.hf, run.tokenizer, dtype, device, rollout.max_batch)
-        run.publish = lambda export, version: memory.publish(export, engine, version)
+        run.publish = lambda weights, version: memory.publish(weights, engine, version)
         return engine, rollout.engines
     from r1mega.rollout.sglang import SglangEngines
     from r1mega.weights.disk import DiskPublisher
     from r1mega.weights.engine_layout import EngineLayout
+    from r1mega.weights.exchange import Exchange
+    from r1mega.weights.ipc import IpcPublisher
+    from r1mega.weights.plan import PublishPlan
     from r1mega.weights.proof import PublishProof, build_of
 
-    sglang = config.sglang
+    sglang, groups = config.sglang, run.groups
     dtype = str(sglang.dtype or config.precision.params)
+    layout = EngineLayout(tp=sglang.tp, ep=sglang.ep, attn_dp=sglang.attn_dp)
+    build = build_of(str(config.device.type), sglang.extra_args)
+    proof = PublishProof(run.fields, layout, build, _dtype(dtype), sglang.verify_share)
     place = Shelf(folder_of(config.run.dir, sglang.weights_dir))
-    servers = proof = None
+    servers = None
     if rank == 0:
         # A server may hang, be started again and load, and all of that is no reason to give up.
         patience = sglang.startup_seconds + sglang.hang_seconds
         urls = json.loads(place.addresses.read_text(encoding="utf-8"))
         servers = SglangEngines(urls, max_in_flight=rollout.max_in_flight, patience_seconds=patience)
-        layout = EngineLayout(tp=sglang.tp, ep=sglang.ep, attn_dp=sglang.attn_dp)
-        build = build_of(str(config.device.type), sglang.extra_args)
-        proof = PublishProof(run.fields, layout, build, _dtype(dtype), sglang.verify_share)
-    run.publish = DiskPublisher(place, servers, run.fields, dtype, proof, run.groups.control).publish
+    if sglang.transport is Transport.disk:
+        run.publish = DiskPublisher(place, servers, run.fields, dtype, proof, groups.control).publish
+    else:
+        engines = [layout] * rollout.engines
+        plan = PublishPlan(
+            run.fields, run.layout, engines, dtype=dtype, bucket_bytes=sglang.bucket_bytes, with_mtp=False
+        )
+        exchange = Exchange(plan, rank, run.layout.world_size, groups.device, in_shared_memory=True)
+        run.publish = IpcPublisher(exchange, servers, proof, groups.control).publish
     return servers, 1
 
 

@@ -8,14 +8,10 @@ from typing import Any
 
 import httpx
 
-from r1mega.types import EngineRefused, FinishReason, SamplingParams
+from r1mega.types import EngineRefused, EngineUnavailable, FinishReason, SamplingParams
 
 CONNECT_SECONDS = 10.0
 HEALTH_SECONDS = 30.0  # SGLang itself gives up on its scheduler after 20
-
-
-class EngineUnavailable(Exception):
-    """The server cannot be reached, broke off, or failed inside: ask again, here or elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,28 @@ class EngineClient:
     async def load_from_disk(self, path: str, version: str, timeout: float) -> None:
         """Replace the weights by those of a checkpoint directory that the server sees under the same path."""
         # A server that was started without weights would else load "dummy" ones again.
-        body = {"model_path": path, "load_format": "auto", "weight_version": version, "flush_cache": True}
+        body = {"model_path": path, "load_format": "auto", "weight_version": version, "flush_cache": False}
         await self._succeed("/update_weights_from_disk", body, timeout)
+        await self._flush()
+
+    async def begin_update(self, timeout: float) -> None:
+        """Make ready for weights that come in several calls; what an update that broke off has begun is ended."""
+        try:
+            await self._succeed("/begin_weight_update", {}, timeout)
+        except EngineRefused:
+            await self._succeed("/end_weight_update", {}, timeout)
+            await self._succeed("/begin_weight_update", {}, timeout)
+
+    async def update_from_tensors(self, payloads: Sequence[str], timeout: float) -> None:
+        """Load tensors whose handles are in `payloads`, one for each rank."""
+        body = {"serialized_named_tensors": list(payloads), "flush_cache": False}
+        await self._succeed("/update_weights_from_tensor", body, timeout)
+
+    async def end_update(self, version: str, timeout: float) -> None:
+        """Serve what was loaded since `begin_update`, under this version."""
+        await self._succeed("/end_weight_update", {}, timeout)
+        await self._flush()
+        await self._succeed("/update_weight_version", {"new_version": version}, timeout)
 
     async def checksums(self, timeout: float) -> dict[str, Any]:
         """What the server says of the hashes of its parameters; see weights/checksums.py."""
@@ -95,6 +111,15 @@ class EngineClient:
     async def reclaim(self, tags: Sequence[str]) -> None:
         """Take back what `release` gave; weights have to be loaded again."""
         await self._call("POST", "/resume_memory_occupation", {"tags": list(tags)}, timeout=300)
+
+    async def _flush(self) -> None:
+        """Forget what was computed with former weights.
+
+        A call of its own, which waits until nothing runs: within an update SGLang 0.5.21 takes a flush that comes while
+        anything runs, and be it a health check's one token, for an error and ends the server.
+        """
+        path = f"/flush_cache?timeout={HEALTH_SECONDS:g}"
+        await self._call("POST", path, timeout=2 * HEALTH_SECONDS)
 
     async def _succeed(self, path: str, body: dict[str, Any], timeout: float) -> None:
         found = await self._call("POST", path, body, timeout=timeout)

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import httpx
 
-from r1mega.rollout.client import Answer, EngineClient, EngineUnavailable
-from r1mega.types import Completion, EngineRefused, FinishReason, Request, SamplingParams
+from r1mega.rollout.client import Answer, EngineClient
+from r1mega.types import Completion, EngineRefused, EngineUnavailable, FinishReason, Request, SamplingParams
 
 T = TypeVar("T")
 # A connection for each call: measured 260 short requests a second, and 66 over connections that are kept.
@@ -114,6 +114,25 @@ class SglangEngines:
             await asyncio.gather(*(self._bring_up_to_date(server, again=True) for server in fleet.servers))
 
         self._run(load)
+
+    def begin_update(self) -> None:
+        """Wait until every server answers, and make it ready for weights in several calls.
+
+        Raises EnginesLost, EngineRefused and EngineUnavailable, as the two that follow; the servers then hold parts of
+        what was published.
+        """
+        self.wait_until_ready()
+        self._directory = None
+        self._each(lambda client, _: client.begin_update(self._patience))
+
+    def update_from_tensors(self, payloads: Sequence[Sequence[str]]) -> None:
+        """Hand over tensors: payloads[server][rank]."""
+        self._each(lambda client, server: client.update_from_tensors(payloads[server], self._patience))
+
+    def end_update(self, version: int) -> None:
+        """Serve all that was handed over, under this version."""
+        self._each(lambda client, _: client.end_update(str(version), self._patience))
+        self._version = version
 
     def checksums(self) -> list[dict[str, Any]]:
         """What each server says of the hashes of its parameters. Raises EnginesLost, EngineRefused."""
@@ -270,6 +289,14 @@ class SglangEngines:
             async with asyncio.TaskGroup() as group:
                 for _ in range(workers):
                     group.create_task(work(fleet))
+
+        self._run(all_of)
+
+    def _each(self, call: Callable[[EngineClient, int], Awaitable[None]]) -> None:
+        """A call to every server at once."""
+
+        async def all_of(fleet: _Fleet) -> None:
+            await asyncio.gather(*(call(server.client, i) for i, server in enumerate(fleet.servers)))
 
         self._run(all_of)
 

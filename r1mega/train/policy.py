@@ -23,6 +23,7 @@ from r1mega.models import fp8
 from r1mega.models.build import build_chunks
 from r1mega.models.hf_config import ModelOptions
 from r1mega.models.hf_fields import HfFields
+from r1mega.models.param_map import Slot
 from r1mega.models.router import expert_load
 from r1mega.models.shard import ShardedModel, TensorSource
 from r1mega.parallel.collectives import gather, spread_over, sum_once
@@ -188,6 +189,11 @@ class MegatronPolicy:
         """(hf_name, tensor) of the whole model in the table's order; see ShardedModel.gather."""
         self.settle()
         yield from self.sharded.gather(wanted=wanted)
+
+    def shards(self) -> Sequence[tuple[Slot, int, torch.Tensor]]:
+        """(slot of the table, which shard of it, parameter) of all that this rank holds, up to date."""
+        self.settle()
+        return self.sharded.local
 
     def close(self) -> None:
         """Let go of the model, for process groups to end before the process does. The policy is of no more use.

@@ -15,16 +15,12 @@ from r1mega.models.hf_fields import HfFields
 from r1mega.models.hf_io import CheckpointWriter
 from r1mega.models.tables import slots_of
 from r1mega.parallel.collectives import share
-from r1mega.types import EngineRefused, Export, Servers
-from r1mega.weights.proof import PublishProof
+from r1mega.types import EngineRefused, Servers, TrainerWeights
+from r1mega.weights.proof import PublishError, PublishProof
 from r1mega.weights.shelf import Shelf
 from r1mega.weights.slices import dtype_of
 
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class PublishError(RuntimeError):
-    """The servers do not hold what was published, twice in a row."""
 
 
 class DiskPublisher:
@@ -53,22 +49,22 @@ class DiskPublisher:
             for tensor in (*slot.tensors, *slot.aliases)
         }
 
-    def publish(self, export: Export, version: int) -> None:
+    def publish(self, weights: TrainerWeights, version: int) -> None:
         """Bring the weights to every server. Collective.
 
         Raises PublishError on every rank where the servers report other weights a second time.
         """
         faults: list[str] = []
         for attempt in (1, 2):
-            faults = share(self._once(export, version), self._group)
+            faults = share(self._once(weights, version), self._group)
             if not faults:
                 return
             if attempt == 1 and self._servers is not None:
                 print(f"weights {version} did not arrive, publishing again: {'; '.join(faults)}", file=sys.stderr)
         raise PublishError("\n".join([f"weights {version} did not arrive, published twice:", *faults]))
 
-    def _once(self, export: Export, version: int) -> list[str]:
-        tensors = export(wanted=self._servers is not None)
+    def _once(self, weights: TrainerWeights, version: int) -> list[str]:
+        tensors = weights.export_hf(wanted=self._servers is not None)
         if self._servers is None:
             for _ in tensors:
                 raise AssertionError("a rank that speaks to no server asked for tensors")
@@ -84,7 +80,7 @@ class DiskPublisher:
         self._place.set_newest(version)
         try:
             self._servers.load_from_disk(str(path), version)
-            faults = [] if expectation.is_empty else expectation.faults(self._servers.checksums())
+            faults = self._proof.faults(expectation.results(), self._servers.checksums()) if self._proof.share else []
         except EngineRefused as error:
             return [str(error)]
         self._place.drop_others(version)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from r1mega.types import Engine, Export
+from r1mega.types import Engine, TrainerWeights
 
 
-def publish(export: Export, engine: Engine | None, version: int) -> None:
+def publish(weights: TrainerWeights, engine: Engine | None, version: int) -> None:
     """Load the stream into this rank's engine; a rank without one only takes part in gathering it.
 
     Raises ValueError where the stream is not exactly the engine's model (see Engine.load).
     """
-    tensors = export(wanted=engine is not None)
+    tensors = weights.export_hf(wanted=engine is not None)
     if engine is None:
         for _ in tensors:
             raise AssertionError("a rank without an engine asked for tensors")

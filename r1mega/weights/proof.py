@@ -15,6 +15,10 @@ from r1mega.weights.engine_params import EngineBuild, engine_params
 _NAMED = 8  # mismatches that a message names
 
 
+class PublishError(RuntimeError):
+    """The servers do not hold what was published, twice in a row."""
+
+
 class PublishProof:
     """What servers of one kind have to report.
 
@@ -28,50 +32,50 @@ class PublishProof:
         self, fields: HfFields, layout: EngineLayout, build: EngineBuild, dtype: torch.dtype, share: float
     ) -> None:
         self._params = [engine_params(fields, layout, rank, build) for rank in range(layout.num_ranks)] if share else []
-        self._dtype, self._device, self._share = dtype, build.device, share
+        self._dtype, self._device, self.share = dtype, build.device, share
 
-    def expect(self, version: int) -> Expectation:
-        """Ready for the tensors of one publish."""
-        hashing = [
-            ExpectedChecksums(sampled(params, version, self._share), dtype=self._dtype, device=self._device)
-            for params in self._params
-        ]
-        return Expectation(self, hashing)
+    def expect(self, version: int, ranks: Sequence[int] | None = None) -> Expectation:
+        """Ready for the tensors of one publish; of these ranks of a server, or of all."""
+        wanted = range(len(self._params)) if ranks is None else ranks if self._params else ()
+        return Expectation(
+            {
+                rank: ExpectedChecksums(
+                    sampled(self._params[rank], version, self.share), dtype=self._dtype, device=self._device
+                )
+                for rank in wanted
+            }
+        )
 
-    def faults(self, expected: Sequence[Mapping[str, str]], answers: Sequence[Mapping[str, Any]]) -> list[str]:
+    def faults(self, expected: Mapping[int, Mapping[str, str]], answers: Sequence[Mapping[str, Any]]) -> list[str]:
         """What differs, by server, rank and tensor; empty where nothing does."""
         found = []
         for server, answer in enumerate(answers):
             reported = reported_by_rank(answer)
-            for rank, (params, digests) in enumerate(zip(self._params, expected, strict=True)):
+            for rank, params in enumerate(self._params):
                 if rank not in reported:
                     found.append(f"engine {server} rank {rank}: reports nothing")
                     continue
-                mismatches = compare(params, digests, reported[rank])
+                mismatches = compare(params, expected[rank], reported[rank])
                 found += [f"engine {server} rank {rank}: {mismatch}" for mismatch in mismatches]
         more = [f"and {len(found) - _NAMED} more parameters"] if len(found) > _NAMED else []
         return found[:_NAMED] + more
 
 
 class Expectation:
-    """The checksums of one publish, hashed while its tensors pass by."""
+    """The checksums of one publish, by rank of a server, hashed while its tensors pass by."""
 
-    def __init__(self, proof: PublishProof, hashing: Sequence[ExpectedChecksums]) -> None:
-        self._proof, self._hashing = proof, hashing
+    def __init__(self, hashing: Mapping[int, ExpectedChecksums]) -> None:
+        self._hashing = hashing
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is compared."""
-        return not self._hashing
+    def add(self, name: str, tensor: torch.Tensor, rank: int | None = None) -> None:
+        """Take a tensor as it is sent, to one rank or to all."""
+        for number, one in self._hashing.items():
+            if rank is None or number == rank:
+                one.add(name, tensor)
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor as it is sent."""
-        for one in self._hashing:
-            one.add(name, tensor)
-
-    def faults(self, answers: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What the servers' answers say otherwise. Raises ValueError where they cannot be read."""
-        return self._proof.faults([one.result() for one in self._hashing], answers)
+    def results(self) -> dict[int, dict[str, str]]:
+        """rank -> parameter -> checksum. Raises ValueError where a tensor did not come."""
+        return {rank: one.result() for rank, one in self._hashing.items()}
 
 
 def build_of(device: str, extra_args: Sequence[str]) -> EngineBuild:

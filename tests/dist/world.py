@@ -18,6 +18,9 @@ parser.add_argument("--dtype", default="float32")
 parser.add_argument("--chunk-tokens", type=int, default=100)
 parser.add_argument("--local-norm", action="store_true", help="divide by the micro-batch's own count: a known mistake")
 parser.add_argument("--stay", action="store_true", help="move nothing to host memory")
+parser.add_argument("--engines", nargs="*", help="of a publish, as EngineLayout.parse takes them")
+parser.add_argument("--publish", default="fp32", help="the dtype of a publish")
+parser.add_argument("--bucket-bytes", type=int, default=1 << 20)
 args = parser.parse_args()
 layout = Layout.parse(args.layout)
 world = groups.initialize(layout, "cpu", seed=0, timeout_minutes=3)
@@ -151,6 +154,27 @@ def mtp_alone() -> None:
     save(found)
 
 
-CASES = (mtp_alone, offload, round_trip, random_weights, grpo)
+def exchange() -> None:
+    """A publish among these ranks: what each engine rank is handed, as rank 0 hears of it."""
+    from r1mega.parallel.collectives import gather
+    from r1mega.weights.engine_layout import EngineLayout
+    from r1mega.weights.exchange import Exchange
+    from r1mega.weights.plan import PublishPlan
+
+    policy.load(CheckpointReader(args.hf))
+    engines = [EngineLayout.parse(text) for text in args.engines]
+    plan = PublishPlan(fields, layout, engines, dtype=args.publish, bucket_bytes=args.bucket_bytes, split_bytes=100)
+    mine = [
+        (parcel.receiver, bucket, name, tensor.clone())
+        for bucket, parcels in enumerate(
+            Exchange(plan, world.rank, layout.world_size, world.device).buckets(policy.shards())
+        )
+        for parcel in parcels
+        for name, tensor in parcel.tensors.items()
+    ]
+    save([entry for part in gather(mine, world.control) for entry in part])
+
+
+CASES = (mtp_alone, offload, round_trip, random_weights, grpo, exchange)
 {case.__name__: case for case in CASES}[args.case]()
 groups.shutdown()

@@ -98,10 +98,10 @@ def test_a_skipped_publish_is_caught(checkpoint, questions, tmp_path, updates_pe
     program.write_text(
         "from r1mega.weights import memory\n"
         "real = memory.publish\n"
-        "def skipping(export, engine, version):\n"
+        "def skipping(weights, engine, version):\n"
         "    if version == 0:\n"
-        "        return real(export, engine, version)\n"
-        "    list(export(wanted=engine is not None))\n"
+        "        return real(weights, engine, version)\n"
+        "    list(weights.export_hf(wanted=engine is not None))\n"
         "    engine._weight_version = version\n"
         "memory.publish = skipping\n"
         "import runpy, sys\n"

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 from safetensors.torch import load_file
@@ -90,6 +91,6 @@ def servers(checkpoint: Path, run_dir: Path, python: Path, **options) -> Iterato
 
 
 def exporting(checkpoint: Path):
-    """An `Export` of a checkpoint's tensors."""
+    """The weights of a trainer that holds a checkpoint's tensors."""
     tensors = load_file(checkpoint / "model.safetensors")
-    return lambda *, wanted: iter(tensors.items() if wanted else ())
+    return SimpleNamespace(export_hf=lambda *, wanted: iter(tensors.items() if wanted else ()))

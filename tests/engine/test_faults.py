@@ -21,9 +21,9 @@ from r1mega.models.hf_io import CheckpointWriter
 from r1mega.rollout.client import EngineClient
 from r1mega.rollout.sglang import LIMITS
 from r1mega.types import Completion, FinishReason, Request, SamplingParams
-from r1mega.weights.disk import DiskPublisher, PublishError
+from r1mega.weights.disk import DiskPublisher
 from r1mega.weights.engine_layout import EngineLayout
-from r1mega.weights.proof import PublishProof, build_of
+from r1mega.weights.proof import PublishError, PublishProof, build_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fleets import Servers, exporting, kill, servers

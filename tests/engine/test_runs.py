@@ -13,8 +13,12 @@ import pytest
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}  # with YaRN, tp=2 does not start on CPU
 TOLERANCE = 1e-4  # fp32 summed in other orders: measured 1e-5
 CASES = {
-    "deepseek_v3": ({"rope_parameters": PLAIN_ROPE}, ("parallel=tp2_pp2_ep2", "rollout.engines=2", "sglang.tp=2")),
-    "qwen2": ({}, ("rollout.engines=1",)),
+    "deepseek_v3": (
+        {"rope_parameters": PLAIN_ROPE},
+        ("parallel=tp2_pp2_ep2", "rollout.engines=2", "sglang.tp=2", "sglang.ep=2", "sglang.transport=ipc",
+         "sglang.bucket_bytes=20000"),
+    ),  # fmt: skip
+    "qwen2": ({}, ("rollout.engines=1", "parallel.tp=2", "sglang.transport=ipc")),
     "llama": ({}, ("rollout.engines=1", "algo.updates_per_round=1", "algo.updates=2")),
 }
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ def test_a_server_that_is_killed_or_hangs_is_started_again(
     engine = one.engines[0]
     until(lambda: engine.answered, one)
     first = pid(engine)
-    os.kill(first, number)
+    os.killpg(first, number)
     until(lambda: engine.starts == 2, one)
     assert is_gone(first)
     until(lambda: engine.answered, one)
@@ -107,7 +108,7 @@ def test_a_server_that_is_killed_or_hangs_is_started_again(
     word = "was killed by SIGKILL" if number == signal.SIGKILL else r"has not answered for"
     assert f"r1mega: engine 0 {word}" in capsys.readouterr().err
     # Once too often.
-    os.kill(pid(engine), signal.SIGKILL)
+    os.killpg(pid(engine), signal.SIGKILL)
     until(lambda: engine.process.poll() is not None)  # type: ignore[union-attr]
     message = one.look()
     assert message and message.startswith(f"engine 0 at {engine.url} was killed by SIGKILL, after 1 of 1 restarts")
@@ -158,6 +159,33 @@ def test_a_world_ends_with_its_servers(fleet: Callable[..., EngineFleet], tmp_pa
     result = run_world([sys.executable, "-c", "import time; time.sleep(1)"], 1, log_dir=tmp_path / "logs", beside=two)
     assert (result.exit_code, result.message) == (0, "")
     assert is_gone(pid(two.engines[0]))
+
+
+LAUNCHER = """
+import sys, time
+from pathlib import Path
+from r1mega.launch.engines import EngineFleet, EngineProcess, Limits
+from r1mega.weights.shelf import Shelf
+place = Shelf(Path(sys.argv[1]) / "engines")
+place.prepare()
+argv = [sys.executable, "-c", sys.argv[3], sys.argv[2]]
+engine = EngineProcess(0, "http://127.0.0.1:" + sys.argv[2], lambda: argv, {{}}, Path(sys.argv[1]) / "engine0.log")
+EngineFleet([engine], Limits(60, 60, 0), place).start()
+time.sleep(600)
+"""
+
+
+def test_servers_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    server = SERVER.format(first="child = subprocess.Popen(['sleep', '600']); print('child', child.pid, flush=True)")
+    argv = [sys.executable, "-c", LAUNCHER.format(), str(tmp_path), str(free_port()), server]
+    with subprocess.Popen(argv) as launcher:
+        log = tmp_path / "engine0.log"
+        until(lambda: log.exists() and "child" in log.read_text())
+        words = log.read_text().split()
+        started = [int(words[words.index(word) + 1]) for word in ("started", "child")]
+        assert not any(map(is_gone, started))
+        launcher.kill()
+    until(lambda: all(map(is_gone, started)))
 
 
 def test_the_shelf(tmp_path: Path) -> None:

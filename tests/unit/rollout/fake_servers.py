@@ -21,6 +21,7 @@ class FakeServer:
     seconds: float = 0.0  # that a sequence takes
     running: int = 0
     most_running: int = 0
+    flushes: int = 0
     loads: list[tuple[str, str]] = field(default_factory=list)
     served: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
@@ -54,7 +55,10 @@ class FakeServers(httpx.AsyncBaseTransport):
             return httpx.Response(200)
         if path == "/model_info":
             return httpx.Response(200, json={"weight_version": server.version})
-        assert path == "/update_weights_from_disk", path
+        if path == "/flush_cache":
+            server.flushes += 1
+            return httpx.Response(200, text="Cache flushed.")
+        assert path == "/update_weights_from_disk" and not body["flush_cache"], path
         server.version = body["weight_version"]
         server.loads.append((body["model_path"], server.version))
         self.loaded(server)

@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from r1mega.rollout import sglang
-from r1mega.rollout.client import EngineUnavailable, answer_of
+from r1mega.rollout.client import answer_of
 from r1mega.rollout.sglang import EnginesLost, SglangEngines
-from r1mega.types import Completion, EngineRefused, FinishReason, Request, SamplingParams
+from r1mega.types import Completion, EngineRefused, EngineUnavailable, FinishReason, Request, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_servers import FakeServer, FakeServers, answer
@@ -48,7 +48,7 @@ def test_every_sequence_comes_back_once_in_order() -> None:
     seen: list[Completion] = []
     assert engines(fake).generate(requests(20, 4), PARAMS, seen.append) == expected(20, 4)
     assert sorted(seen, key=lambda c: (c.key, c.index)) == expected(20, 4)
-    assert all(server.loads == [("/weights/3", "3")] for server in fake.servers)
+    assert all(server.loads == [("/weights/3", "3")] and server.flushes == 1 for server in fake.servers)
 
 
 def test_nothing_asked_for() -> None:

@@ -1,0 +1,108 @@
+"""Publish by handing memory over: the trainer rank beside an engine rank gives it handles of whole tensors.
+
+On CUDA the handles are of device memory on the same GPU, on CPU of shared memory on the same machine. Each engine rank
+is handed what it needs and no more (`plan`), a bucket at a time. Nothing is written to a disk, so a server that is
+started again has no weights until the next publish.
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+from collections.abc import Mapping
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from r1mega.parallel.collectives import gather, share
+from r1mega.types import EngineFault, Servers, TrainerWeights
+from r1mega.weights.exchange import Exchange, Parcel
+from r1mega.weights.proof import Expectation, PublishError, PublishProof
+
+
+class IpcPublisher:
+    """Hands weights to servers on this machine.
+
+    Args:
+        servers: on the rank that speaks to them, rank 0 of the group; None on the others.
+        proof: what the servers have to report, on every rank.
+        group: all ranks, for objects.
+    """
+
+    def __init__(
+        self, exchange: Exchange, servers: Servers | None, proof: PublishProof, group: dist.ProcessGroup
+    ) -> None:
+        self._exchange, self._servers, self._proof, self._group = exchange, servers, proof, group
+        # What another process opens by name: a file descriptor could not travel over HTTP.
+        torch.multiprocessing.set_sharing_strategy("file_system")
+
+    def publish(self, weights: TrainerWeights, version: int) -> None:
+        """Bring the weights to every server. Collective.
+
+        Raises PublishError on every rank where it fails a second time.
+        """
+        faults: list[str] = []
+        for attempt in (1, 2):
+            faults = self._once(weights, version)
+            if not faults:
+                return
+            if attempt == 1 and self._servers is not None:
+                print(f"weights {version} did not arrive, publishing again: {'; '.join(faults)}", file=sys.stderr)
+        raise PublishError("\n".join([f"weights {version} did not arrive, published twice:", *faults]))
+
+    def _once(self, weights: TrainerWeights, version: int) -> list[str]:
+        """What went wrong, the same on every rank."""
+        expected = self._proof.expect(version, self._ranks_to_hash())
+        faults = self._speak(lambda servers: servers.begin_update())
+        if faults:
+            return faults
+        for parcels in self._exchange.buckets(weights.shards()):
+            for parcel in parcels:
+                self._note(expected, parcel)
+            handed = gather({parcel.receiver: payload_of(parcel.tensors) for parcel in parcels}, self._group)
+            faults = self._speak(lambda servers, handed=handed: servers.update_from_tensors(self._payloads(handed)))
+            if faults:
+                return faults
+        digests = {rank: found for part in gather(expected.results(), self._group) for rank, found in part.items()}
+        faults = self._speak(lambda servers: servers.end_update(version))
+        if faults or not self._proof.share:
+            return faults
+        return self._speak(lambda servers: self._proof.faults(digests, servers.checksums()))
+
+    def _ranks_to_hash(self) -> list[int]:
+        """Ranks of the first engine whose courier this is; all engines are handed the same."""
+        places = self._exchange.plan.receivers.places
+        return [rank for engine, rank in (places[index] for index in self._exchange.mine) if engine == 0]
+
+    def _note(self, expected: Expectation, parcel: Parcel) -> None:
+        engine, rank = self._exchange.plan.receivers.places[parcel.receiver]
+        if engine == 0:
+            for name, tensor in parcel.tensors.items():
+                expected.add(name, tensor, rank)
+
+    def _payloads(self, handed: list[Mapping[int, str]]) -> list[list[str]]:
+        """[engine][rank]: what each is handed, an empty list where it needs nothing of the bucket."""
+        by_receiver = {index: payload for part in handed for index, payload in part.items()}
+        nothing = payload_of({})
+        payloads: list[list[str]] = [[] for _ in self._exchange.plan.receivers.engines]
+        for index, (engine, _) in enumerate(self._exchange.plan.receivers.places):
+            payloads[engine].append(by_receiver.get(index, nothing))
+        return payloads
+
+    def _speak(self, say: Any) -> list[str]:
+        """What the servers found wrong, told to every rank by the one that speaks to them."""
+        faults: list[str] = []
+        if self._servers is not None:
+            try:
+                faults = say(self._servers) or []
+            except EngineFault as error:
+                faults = [str(error)]
+        return share(faults, self._group)
+
+
+def payload_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Handles of tensors as SGLang's `/update_weights_from_tensor` takes them from one rank."""
+    return base64.b64encode(bytes(ForkingPickler.dumps(list(tensors.items())))).decode("ascii")
