@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 
 from r1mega.config.faults import Fault
-from r1mega.config.schema import Config, EngineKind, Loop
+from r1mega.config.schema import Config, DeviceType, EngineKind, Loop, Transport
 
 
 def check_engines(config: Config) -> Iterator[Fault]:
@@ -32,6 +32,10 @@ def _check_servers(config: Config) -> Iterator[Fault]:
         size = getattr(sglang, axis)
         if size >= 1 and sglang.tp % size:
             yield Fault(f"sglang.{axis}", str(size), f"must divide sglang.tp={sglang.tp}", "change one of them")
+    num_ranks, world = config.rollout.engines * sglang.tp, config.parallel.world_size
+    if sglang.transport is Transport.ipc and config.device.type is DeviceType.cuda and num_ranks != world:
+        constraint = f"servers of {num_ranks} processes in all cannot be paired with {world} training ones"
+        yield Fault("sglang.transport", "ipc", constraint, "change rollout.engines or sglang.tp, or use disk")
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     cached = sglang.cached_tokens(config.device.type)
     if cached is not None and 1 <= cached < longest:

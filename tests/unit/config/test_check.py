@@ -143,6 +143,11 @@ def test_all_faults_are_reported_together(good: Config) -> None:
             "sglang.attn_dp: got 3; must divide sglang.tp=2; change one of them",
         ),
         (
+            SERVERS | {"sglang__transport": schema.Transport.ipc, "device__type": schema.DeviceType.cuda},
+            "sglang.transport: got ipc; servers of 3 processes in all cannot be paired with 1 training ones; "
+            "change rollout.engines or sglang.tp, or use disk",
+        ),
+        (
             SERVERS | {"sglang__max_cached_tokens": 1535},
             "sglang.max_cached_tokens: got 1535; must hold the longest prompt and response, 1536 tokens; raise it",
         ),
