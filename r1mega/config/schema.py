@@ -42,7 +42,8 @@ class RunConfig:
     seed: int = 0
     """Seed of initialisation, data order and sampling."""
     timeout_minutes: float = 10.0
-    """A collective that waits longer than this, or a checkpoint that takes longer to write, ends the run (ours)."""
+    """A collective that waits longer than this, or a checkpoint that takes longer to write, ends the run (ours). With
+    SGLang as much as a rollout takes; servers may all be silent for 0.8 of it, as while they start."""
     resume: bool = False
     """Go on from the latest checkpoint in run.dir; from the beginning where there is none yet."""
     resume_from: str | None = None
@@ -233,7 +234,7 @@ class SglangConfig:
     verify_share: float = 1.0
     """Share of the servers' parameters whose checksum is compared with the trainer's after each publish."""
     startup_seconds: float = 1800.0
-    """Time a server may take until it first answers; loading and compiling a large model takes long (ours)."""
+    """Time a server may take until it first answers (ours); the trainer waits for 0.8 of run.timeout_minutes."""
     hang_seconds: float = 600.0
     """A server that has not answered for so long, loading weights included, is killed and started again (ours)."""
     restarts: int = 3

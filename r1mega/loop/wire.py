@@ -162,8 +162,8 @@ def _engine(config: Config, run: RlRun) -> tuple[Engine | None, int]:
     place = Shelf(folder_of(config.run.dir, sglang.weights_dir))
     servers = None
     if rank == 0:
-        # A server may hang, be started again and load, and all of that is no reason to give up.
-        patience = sglang.startup_seconds + sglang.hang_seconds
+        # The other ranks wait meanwhile, and no longer than this.
+        patience = 0.8 * 60 * config.run.timeout_minutes
         urls = json.loads(place.addresses.read_text(encoding="utf-8"))
         servers = SglangEngines(urls, max_in_flight=rollout.max_in_flight, patience_seconds=patience)
     if sglang.transport is Transport.disk:

@@ -98,7 +98,9 @@ class SglangEngines:
             for server in fleet.servers:
                 while not await server.client.is_healthy():
                     if time.monotonic() > limit:
-                        raise EnginesLost(f"{server.client.url}: no answer within {self._patience:g} s of its start")
+                        raise EnginesLost(
+                            f"{server.client.url}: no answer within {self._patience:g} s (run.timeout_minutes)"
+                        )
                     await asyncio.sleep(_POLL_SECONDS)
 
         self._run(wait)
@@ -238,7 +240,9 @@ class SglangEngines:
                     return min(up, key=lambda server: server.held)
                 if time.monotonic() - fleet.last_up > self._patience:
                     reasons = "; ".join(server.why_not for server in fleet.servers)
-                    raise EnginesLost(f"no server has answered for {self._patience:g} s: {reasons}")
+                    raise EnginesLost(
+                        f"no server has answered for {self._patience:g} s (run.timeout_minutes): {reasons}"
+                    )
                 try:
                     await asyncio.wait_for(fleet.changed.wait(), _POLL_SECONDS)
                 except TimeoutError:

@@ -6,8 +6,6 @@ again finds the weights that are due.
 
 from __future__ import annotations
 
-import sys
-
 import torch
 import torch.distributed as dist
 
@@ -16,7 +14,7 @@ from r1mega.models.hf_io import CheckpointWriter
 from r1mega.models.tables import slots_of
 from r1mega.parallel.collectives import share
 from r1mega.types import EngineRefused, Servers, TrainerWeights
-from r1mega.weights.proof import PublishError, PublishProof
+from r1mega.weights.proof import PublishProof, publish_twice
 from r1mega.weights.shelf import Shelf
 from r1mega.weights.slices import dtype_of
 
@@ -54,14 +52,9 @@ class DiskPublisher:
 
         Raises PublishError on every rank where the servers report other weights a second time.
         """
-        faults: list[str] = []
-        for attempt in (1, 2):
-            faults = share(self._once(weights, version), self._group)
-            if not faults:
-                return
-            if attempt == 1 and self._servers is not None:
-                print(f"weights {version} did not arrive, publishing again: {'; '.join(faults)}", file=sys.stderr)
-        raise PublishError("\n".join([f"weights {version} did not arrive, published twice:", *faults]))
+        publish_twice(
+            lambda: share(self._once(weights, version), self._group), version, speaks=self._servers is not None
+        )
 
     def _once(self, weights: TrainerWeights, version: int) -> list[str]:
         tensors = weights.export_hf(wanted=self._servers is not None)

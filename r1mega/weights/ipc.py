@@ -8,7 +8,6 @@ started again has no weights until the next publish.
 from __future__ import annotations
 
 import base64
-import sys
 from collections.abc import Mapping
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -20,7 +19,7 @@ import torch.multiprocessing
 from r1mega.parallel.collectives import gather, share
 from r1mega.types import EngineFault, Servers, TrainerWeights
 from r1mega.weights.exchange import Exchange, Parcel
-from r1mega.weights.proof import Expectation, PublishError, PublishProof
+from r1mega.weights.proof import Expectation, PublishProof, publish_twice
 
 
 class IpcPublisher:
@@ -44,14 +43,7 @@ class IpcPublisher:
 
         Raises PublishError on every rank where it fails a second time.
         """
-        faults: list[str] = []
-        for attempt in (1, 2):
-            faults = self._once(weights, version)
-            if not faults:
-                return
-            if attempt == 1 and self._servers is not None:
-                print(f"weights {version} did not arrive, publishing again: {'; '.join(faults)}", file=sys.stderr)
-        raise PublishError("\n".join([f"weights {version} did not arrive, published twice:", *faults]))
+        publish_twice(lambda: self._once(weights, version), version, speaks=self._servers is not None)
 
     def _once(self, weights: TrainerWeights, version: int) -> list[str]:
         """What went wrong, the same on every rank."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,21 @@ _NAMED = 8  # mismatches that a message names
 
 class PublishError(RuntimeError):
     """The servers do not hold what was published, twice in a row."""
+
+
+def publish_twice(publish: Callable[[], list[str]], version: int, *, speaks: bool) -> None:
+    """Publish, and once more where that found faults; `publish` returns the same on every rank.
+
+    `speaks`: whether this rank tells of the first time. Raises PublishError on every rank where it fails again.
+    """
+    faults: list[str] = []
+    for attempt in (1, 2):
+        faults = publish()
+        if not faults:
+            return
+        if attempt == 1 and speaks:
+            print(f"weights {version} did not arrive, publishing again: {'; '.join(faults)}", file=sys.stderr)
+    raise PublishError("\n".join([f"weights {version} did not arrive, published twice:", *faults]))
 
 
 class PublishProof:
