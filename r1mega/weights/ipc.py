@@ -8,9 +8,8 @@ started again has no weights until the next publish.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,7 +83,7 @@ class IpcPublisher:
             payloads[engine].append(by_receiver.get(index, nothing))
         return payloads
 
-    def _speak(self, say: Any) -> list[str]:
+    def _speak(self, say: Callable[[Servers], list[str] | None]) -> list[str]:
         """What the servers found wrong, told to every rank by the one that speaks to them."""
         faults: list[str] = []
         if self._servers is not None:
