@@ -30,6 +30,7 @@ from r1mega.rollout.engine_config import write_engine_config
 from r1mega.weights import shelf
 
 _POLL_SECONDS = 1.0
+_PORT_TAKEN, _LOG_END = b"address already in use", 4096
 _CHECK_SECONDS = 30.0  # SGLang's own health check takes up to 20
 
 
@@ -58,12 +59,14 @@ class EngineProcess:
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     answered: float | None = None  # since this start
+    log_start: int = 0  # where this start begins in the log
     starts: int = 0
     history: list[str] = field(default_factory=list)  # why it was started again
 
     def start(self) -> None:
         """Start the process in a group of its own; its output is added to the log."""
         with self.log.open("ab") as file:
+            self.log_start = file.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-I", leash.__file__, *self.command()],
                 env={**os.environ, **self.env, "R1MEGA_LAUNCHER": str(os.getpid())},
@@ -83,11 +86,19 @@ class EngineProcess:
             how = f"ended with exit code {status}" if status >= 0 else f"was killed by {signal_name(-status)}"
             return how if self.answered else f"{how} before it first answered"
         if self.answered is None:
+            if self._found_port_taken():
+                return "found its port taken"
             waited = now - self.started
             late = waited > limits.startup_seconds
             return f"has not answered {waited:.0f} s after its start (sglang.startup_seconds)" if late else None
         silent = now - self.answered
         return f"has not answered for {silent:.0f} s (sglang.hang_seconds)" if silent > limits.hang_seconds else None
+
+    def _found_port_taken(self) -> bool:
+        """Whether the log's end says so. SGLang 0.5.21 then neither serves nor ends."""
+        with self.log.open("rb") as file:
+            file.seek(max(self.log_start, file.seek(0, os.SEEK_END) - _LOG_END))
+            return _PORT_TAKEN in file.read()
 
     def end(self) -> None:
         """End it and all it started. Harmless when repeated."""

@@ -14,11 +14,10 @@ from r1mega.models.hf_io import CheckpointWriter
 from r1mega.models.tables import slots_of
 from r1mega.parallel.collectives import share
 from r1mega.types import EngineRefused, Servers, TrainerWeights
+from r1mega.weights.exchange import DTYPES
 from r1mega.weights.proof import PublishProof, publish_twice
 from r1mega.weights.shelf import Shelf
 from r1mega.weights.slices import dtype_of
-
-_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class DiskPublisher:
@@ -41,16 +40,16 @@ class DiskPublisher:
         group: dist.ProcessGroup,
     ) -> None:
         self._place, self._servers, self._proof, self._group = place, servers, proof, group
-        self._dtypes = {
-            tensor.name: _TORCH_DTYPES[dtype_of(slot, tensor, dtype)]
-            for slot in slots_of(fields)
-            for tensor in (*slot.tensors, *slot.aliases)
-        }
+        named = {tensor.name: (slot, tensor) for slot in slots_of(fields) for tensor in (*slot.tensors, *slot.aliases)}
+        self._shapes = {name: tensor.shape for name, (_, tensor) in named.items()}
+        self._dtypes = {name: DTYPES[dtype_of(slot, tensor, dtype)] for name, (slot, tensor) in named.items()}
 
     def publish(self, weights: TrainerWeights, version: int) -> None:
         """Bring the weights to every server. Collective.
 
-        Raises PublishError on every rank where the servers report other weights a second time.
+        Raises PublishError on every rank where the servers report other weights a second time, and ValueError, before
+        a server hears of it, for a tensor that is none of the model's: SGLang skips a name that it does not know, and a
+        shape that it does not expect ends it.
         """
         publish_twice(
             lambda: share(self._once(weights, version), self._group), version, speaks=self._servers is not None
@@ -67,6 +66,7 @@ class DiskPublisher:
         path = self._place.path(version)
         writer = CheckpointWriter(path, source=self._place.model, dtypes=self._dtypes)
         for name, tensor in tensors:
+            self._check(name, tensor)
             expectation.add(name, tensor)
             writer.add(name, tensor)
         writer.close()
@@ -78,3 +78,10 @@ class DiskPublisher:
             return [str(error)]
         self._place.drop_others(version)
         return faults
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        expected = self._shapes.get(name)
+        if expected is None:
+            raise ValueError(f"publish: {name} is no tensor of the model that config.json describes")
+        if tuple(tensor.shape) != tuple(expected):
+            raise ValueError(f"publish: {name} has shape {list(tensor.shape)}; config.json makes it {list(expected)}")

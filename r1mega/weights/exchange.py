@@ -8,7 +8,7 @@ So a rank holds its shards, and of one bucket what it sends and what its engine 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega.models.param_map import Slot
-from r1mega.weights.plan import Delivery, Message, PublishPlan, Transfer
+from r1mega.weights.plan import Delivery, Message, PublishPlan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ALIGNMENT = 16  # bytes, of each tensor in its buffer: any dtype may begin there
@@ -59,6 +59,9 @@ class Exchange:
                 self._receives.setdefault(message.bucket, []).append((index, message))
             for bucket, found in plan.delivered_to(*places[index]):
                 self._deliveries[index, bucket] = found
+        # Kept from bucket to bucket and from publish to publish: new memory costs more than what is copied into it.
+        self._parcels: dict[int, torch.Tensor] = {}
+        self._packed: dict[str, torch.Tensor] = {}
 
     def buckets(self, shards: Iterable[tuple[Slot, int, torch.Tensor]]) -> Iterator[list[Parcel]]:
         """Of each bucket the parcels for this rank's engine ranks. Collective: every rank walks to the end.
@@ -72,8 +75,10 @@ class Exchange:
     def _exchange(self, bucket: int, held: Mapping[tuple[str, int], torch.Tensor]) -> list[Parcel]:
         operations: list[dist.P2POp] = []
         own: list[tuple[Message, torch.Tensor]] = []
-        for message in self._sends.get(bucket, []):
-            packed = torch.cat([_bytes_of(transfer, held) for transfer in message.transfers])
+        sends, receives = self._sends.get(bucket, []), self._receives.get(bucket, [])
+        outgoing = iter(self._space("outgoing", [message.nbytes for message in sends]))
+        for message in sends:
+            packed = _pack(message, next(outgoing), held)
             courier = self.plan.receivers.index(message.engine, message.rank) % self._world_size
             if courier == self._rank:
                 own.append((message, packed))
@@ -81,11 +86,13 @@ class Exchange:
                 operations.append(dist.P2POp(dist.isend, packed, courier))
         arriving: list[tuple[int, Message, torch.Tensor]] = []
         # By sender and then receiver, as each sender goes through them.
-        for index, message in sorted(self._receives.get(bucket, []), key=lambda pair: (pair[1].sender, pair[0])):
+        receives = sorted(receives, key=lambda pair: (pair[1].sender, pair[0]))
+        incoming = iter(self._space("incoming", [m.nbytes for _, m in receives if m.sender != self._rank]))
+        for index, message in receives:
             if message.sender == self._rank:
                 arriving.append((index, message, own.pop(0)[1]))
                 continue
-            packed = torch.empty(message.nbytes, dtype=torch.uint8, device=self._device)
+            packed = next(incoming)[: message.nbytes]
             operations.append(dist.P2POp(dist.irecv, packed, message.sender))
             arriving.append((index, message, packed))
         assert not own, "a message to this rank that nobody here asked for"
@@ -96,6 +103,14 @@ class Exchange:
             _unpack(message, packed, parcels[index].tensors)
         return list(parcels.values())
 
+    def _space(self, name: str, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Bytes for messages of these sizes, each as aligned as its buffer."""
+        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        buffer = self._packed.get(name)
+        if buffer is None or buffer.numel() < sum(padded):
+            buffer = self._packed[name] = torch.empty(sum(padded), dtype=torch.uint8, device=self._device)
+        return list(buffer[: sum(padded)].split(padded)) if padded else []
+
     def _empty(self, receiver: int, bucket: int) -> Parcel:
         """The tensors of a parcel, their values still to come."""
         deliveries = self._deliveries[receiver, bucket]
@@ -104,9 +119,12 @@ class Exchange:
             size = torch.Size(delivery.shape).numel() * DTYPES[delivery.dtype].itemsize
             places.append((total, size))
             total += -(-size // _ALIGNMENT) * _ALIGNMENT
-        buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
-        if self._shared and self._device.type == "cpu":
-            buffer.share_memory_()
+        buffer = self._parcels.get(receiver)
+        if buffer is None or buffer.numel() < total:
+            buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
+            if self._shared and self._device.type == "cpu":
+                buffer.share_memory_()
+            self._parcels[receiver] = buffer
         tensors = {
             delivery.name: buffer[at : at + size].view(DTYPES[delivery.dtype]).view(delivery.shape)
             for delivery, (at, size) in zip(deliveries, places, strict=True)
@@ -118,11 +136,15 @@ def _by_bucket(messages: Iterator[Message]) -> dict[int, list[Message]]:
     return {bucket: list(found) for bucket, found in groupby(messages, key=lambda message: message.bucket)}
 
 
-def _bytes_of(transfer: Transfer, held: Mapping[tuple[str, int], torch.Tensor]) -> torch.Tensor:
-    """A rectangle as it is sent: rows of the shard, in the dtype of the engines."""
-    shard = held[transfer.slot.name, transfer.shard]
-    rows = shard[transfer.row : transfer.row + transfer.shape[0]]
-    return rows.to(DTYPES[transfer.dtype]).contiguous().view(-1).view(torch.uint8)
+def _pack(message: Message, space: torch.Tensor, held: Mapping[tuple[str, int], torch.Tensor]) -> torch.Tensor:
+    """The rectangles of a message one after the other: rows of shards, in the dtype of the engines."""
+    at = 0
+    for transfer in message.transfers:
+        shard, dtype = held[transfer.slot.name, transfer.shard], DTYPES[transfer.dtype]
+        rows = shard[transfer.row : transfer.row + transfer.shape[0]].to(dtype).contiguous()
+        space[at : at + transfer.nbytes] = rows.view(-1).view(torch.uint8)
+        at += transfer.nbytes
+    return space[:at]
 
 
 def _unpack(message: Message, packed: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:

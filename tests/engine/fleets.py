@@ -72,7 +72,10 @@ def kill(engine: EngineProcess, number: int = signal.SIGKILL) -> None:
 
 @contextmanager
 def servers(checkpoint: Path, run_dir: Path, python: Path, **options) -> Iterator[Servers]:
-    """Two servers of a checkpoint's model in fp32, without weights; `options` as SECTION__FIELD=value."""
+    """Two servers of a checkpoint's model in fp32, without weights; `options` as SECTION__FIELD=value.
+
+    Their start is awaited by nobody.
+    """
     config = schema.Config()
     config.run.dir, config.model.hf = str(run_dir), str(checkpoint)
     config.device.type, config.precision.params = schema.DeviceType.cpu, schema.ParamDtype.fp32

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -180,6 +182,46 @@ def test_a_publish_that_is_skipped(fleet, client, qwen2, alone, monkeypatch) -> 
         publisher(fleet, client, qwen2[1], alone).publish(exporting(qwen2[1]), 6)
     assert "engine 0 rank 0: model.embed_tokens.weight: " in str(caught.value)
     assert str(caught.value).endswith("and 54 more parameters")  # all of them, on both servers
+
+
+def wrong_shape(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    return name, tensor[:-1] if name == NAME else tensor
+
+
+@pytest.mark.parametrize(("damage", "words"), [(wrong_shape, f"{NAME} has shape"), (renamed, "upper_proj.weight is")])
+def test_tensors_that_are_none_of_the_model_never_leave(fleet, client, qwen2, alone, damage, words) -> None:
+    tensors = [damage(name, tensor) for name, tensor in exporting(qwen2[1]).export_hf(wanted=True)]
+    with pytest.raises(ValueError, match=words):
+        weights = SimpleNamespace(export_hf=lambda *, wanted: iter(tensors))
+        publisher(fleet, client, qwen2[1], alone).publish(weights, 7)
+    check_complete(client.generate(requests(5), PARAMS), requests(5), 1)  # what was published before is served on
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sglang__extra_args": ["--no-such-flag"]}, "ended with exit code 2 before it first answered"),
+        ({"sglang__startup_seconds": 4.0}, "has not answered 4 s after its start (sglang.startup_seconds)"),
+    ],
+)
+def test_servers_that_never_get_well(qwen2, sglang_python, tmp_path, options, words) -> None:
+    with servers(qwen2[0], tmp_path / "run", sglang_python, rollout__engines=1, **options) as made:
+        deadline = time.monotonic() + 100
+        while made.fault is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert made.fault is not None and words in made.fault
+    assert f"log: {made.log_dir / 'engine0.log'}" in made.fault
+    assert made.engines[0].process is not None and made.engines[0].process.poll() is not None
+
+
+def test_a_port_that_is_taken(qwen2, sglang_python, tmp_path) -> None:
+    with socket.socket() as taken, servers(qwen2[0], tmp_path / "run", sglang_python, rollout__engines=1) as made:
+        taken.bind(("127.0.0.1", int(made.engines[0].url.rpartition(":")[2])))  # while the server is still importing
+        taken.listen()
+        deadline = time.monotonic() + 100
+        while made.fault is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert made.fault is not None and "found its port taken" in made.fault, made.fault
 
 
 class BrokenConnections(httpx.AsyncHTTPTransport):

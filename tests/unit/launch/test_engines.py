@@ -146,6 +146,12 @@ def test_a_taken_port(fleet: Callable[..., EngineFleet], tmp_path: Path) -> None
         until(lambda: one.engines[0].process.poll() is not None)  # type: ignore[union-attr]
         message = one.look()
     assert message and "before it first answered" in message and "Address already in use" in message
+    # SGLang only says it, and stays.
+    two = fleet("print('[Errno 98] error: address already in use', flush=True); time.sleep(600)")
+    two.start()
+    until(lambda: b"address already" in two.engines[0].log.read_bytes())
+    message = two.look()
+    assert message and "found its port taken" in message
 
 
 def test_a_world_ends_with_its_servers(fleet: Callable[..., EngineFleet], tmp_path: Path) -> None:
