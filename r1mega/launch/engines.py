@@ -143,7 +143,7 @@ class EngineFleet:
             never_answered = engine.answered is None and engine.starts == 1
             if never_answered or engine.starts > self._limits.restarts:
                 return _last_words(engine, self._limits)
-            print(f"r1mega: engine {engine.index} {fault}; starting it again", file=sys.stderr)
+            print(f"r1mega: engine {engine.index} {fault}; starting it again; log: {engine.log}", file=sys.stderr)
             engine.start()
         return None
 

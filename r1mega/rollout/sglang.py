@@ -8,6 +8,7 @@ answer is here, so none is lost and none is there twice. Who restarts servers is
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -252,6 +253,7 @@ class SglangEngines:
         if not server.is_up:
             return
         server.is_up, server.why_not = False, reason
+        print(f"engine left out until it serves weights {self._version}: {reason}", file=sys.stderr)
         task = asyncio.create_task(self._revive(fleet, server))
         fleet.revivals.add(task)
         task.add_done_callback(fleet.revivals.discard)
@@ -262,10 +264,12 @@ class SglangEngines:
             await self._bring_up_to_date(server)
         except (EnginesLost, EngineRefused) as error:
             server.why_not += f", then {error}"  # the others go on; where there are none, their patience ends
+            print(f"engine stays left out: {error}", file=sys.stderr)
             return
         async with fleet.changed:
             server.is_up, server.why_not, server.failures = True, "", 0
             fleet.changed.notify_all()
+        print(f"engine is back: {server.client.url}", file=sys.stderr)
 
     async def _bring_up_to_date(self, server: _Server, *, again: bool = False) -> None:
         """Wait until the server answers, and give it the weights that are due: where it has others, or in any case."""

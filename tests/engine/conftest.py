@@ -81,9 +81,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def sglang_python() -> Path:
-    """The interpreter of SGLang's environment; the test is skipped where there is none."""
-    python = Path(os.environ.get("R1MEGA_SGLANG_PYTHON") or REPO / ".venv-sglang" / "bin" / "python")
+    """The interpreter of SGLang's environment. Where there is none the test is skipped, unless one was named, as `make
+    test` does."""
+    named = os.environ.get("R1MEGA_SGLANG_PYTHON")
+    python = Path(named or REPO / ".venv-sglang" / "bin" / "python")
     if not python.exists():
+        assert not named, f"R1MEGA_SGLANG_PYTHON: {named} is not there; run `make sglang-cpu`"
         pytest.skip(f"no environment of SGLang at {python}: run `make sglang-cpu`, or set R1MEGA_SGLANG_PYTHON")
     return python
 

@@ -74,6 +74,11 @@ def pid(process: EngineProcess) -> int:
     return process.process.pid
 
 
+def has_ended(process: EngineProcess) -> bool:
+    assert process.process is not None
+    return process.process.poll() is not None
+
+
 def is_gone(number: int) -> bool:
     try:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
@@ -109,7 +114,7 @@ def test_a_server_that_is_killed_or_hangs_is_started_again(
     assert f"r1mega: engine 0 {word}" in capsys.readouterr().err
     # Once too often.
     os.killpg(pid(engine), signal.SIGKILL)
-    until(lambda: engine.process.poll() is not None)  # type: ignore[union-attr]
+    until(lambda: has_ended(engine))
     message = one.look()
     assert message and message.startswith(f"engine 0 at {engine.url} was killed by SIGKILL, after 1 of 1 restarts")
     assert "  | started" in message and message.endswith(f"log: {engine.log}")
@@ -118,7 +123,7 @@ def test_a_server_that_is_killed_or_hangs_is_started_again(
 def test_a_server_that_ends_at_once(fleet: Callable[..., EngineFleet]) -> None:
     one = fleet("sys.exit('no such model')")
     one.start()
-    until(lambda: one.engines[0].process.poll() is not None)  # type: ignore[union-attr]
+    until(lambda: has_ended(one.engines[0]))
     message = one.look()
     assert message and "ended with exit code 1 before it first answered" in message and "  | no such model" in message
 
@@ -143,7 +148,7 @@ def test_a_taken_port(fleet: Callable[..., EngineFleet], tmp_path: Path) -> None
         taken.bind(("127.0.0.1", port))
         taken.listen()
         one.start()
-        until(lambda: one.engines[0].process.poll() is not None)  # type: ignore[union-attr]
+        until(lambda: has_ended(one.engines[0]))
         message = one.look()
     assert message and "before it first answered" in message and "Address already in use" in message
     # SGLang only says it, and stays.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is not None, reason="triton is installed here, and is found before its stand-in"
+)
 PACKAGE = Path(__file__).resolve().parents[3] / "tools" / "sglang_cpu"
 
 
@@ -41,15 +45,6 @@ assert not isinstance(1, tl.dtype) and libdevice.exp is libdevice.exp and tl.mat
 assert (triton.cdiv(7, 3), triton.cdiv(6, 3)) == (3, 2)
 assert [triton.next_power_of_2(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
 """
-
-
-@pytest.fixture(autouse=True)
-def without_triton() -> None:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return
-    pytest.skip("triton is installed here, and is found before its stand-in")
 
 
 def test_kernels_can_be_defined() -> None:

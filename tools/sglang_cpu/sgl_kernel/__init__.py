@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 def _absent(name: str) -> Callable[..., NoReturn]:
     def kernel(*_arguments: Any, **_options: Any) -> NoReturn:
-        raise NotImplementedError(
+        raise RuntimeError(
             f"sgl_kernel.{name} stands for a compiled kernel: SGLang took a path that this environment does not have"
         )
 
