@@ -101,6 +101,8 @@ class Exchange:
         parcels = {index: self._empty(index, bucket) for index in self.mine if (index, bucket) in self._deliveries}
         for index, message, packed in arriving:
             _unpack(message, packed, parcels[index].tensors)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # another process reads what these copies write
         return list(parcels.values())
 
     def _space(self, name: str, sizes: Sequence[int]) -> list[torch.Tensor]:
