@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.workload import NUM_PROMPTS, PHASES, SAMPLES_PER_PROMPT, StepReport, reward
-from r1mega.config import schema
+from r1mega.config import choices, schema
 from r1mega.parallel import device, groups
 from r1mega.parallel.layout import Layout
 
@@ -62,7 +62,7 @@ class R1megaPeer:
         _join_world_of_one()
         config = schema.Config()
         config.run.seed = seed
-        config.device.type, config.device.threads = schema.DeviceType.cpu, threads
+        config.device.type, config.device.threads = choices.DeviceType.cpu, threads
         config.algo.group_size, config.algo.questions_per_round = SAMPLES_PER_PROMPT, NUM_PROMPTS
         config.algo.updates_per_round, config.algo.updates = 1, 10**6
         config.algo.kl_coef, config.rollout.max_tokens = kl, max(lengths)

@@ -10,20 +10,10 @@ from pathlib import Path
 
 from r1mega.config.check_engines import check_engines
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
+from r1mega.config.choices import DataFormat, DeviceType, Dispatcher, Init, LayerSpec, Loop, Mtp, ParamDtype, Recompute
 from r1mega.config.faults import Fault
 from r1mega.config.io import FILE_NAME
-from r1mega.config.schema import (
-    Config,
-    DataFormat,
-    DeviceType,
-    Dispatcher,
-    Init,
-    LayerSpec,
-    Loop,
-    Mtp,
-    ParamDtype,
-    Recompute,
-)
+from r1mega.config.schema import Config
 
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 

@@ -6,8 +6,9 @@ import os
 import shutil
 from collections.abc import Iterator
 
+from r1mega.config.choices import DeviceType, EngineKind, Loop, Transport
 from r1mega.config.faults import Fault
-from r1mega.config.schema import Config, DeviceType, EngineKind, Loop, Transport
+from r1mega.config.schema import Config
 
 
 def check_engines(config: Config) -> Iterator[Fault]:

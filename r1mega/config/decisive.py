@@ -8,7 +8,8 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
-from r1mega.config.schema import Config, Loop, Schedule
+from r1mega.config.choices import Loop, Schedule
+from r1mega.config.schema import Config
 
 # Whole sections, and fields of others. All else (layout, logs, checkpoints, evaluation ...) may change on resuming.
 _SECTIONS = ("stage", "model", "precision", "reward", "algo", "sft", "optim")

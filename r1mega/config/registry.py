@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from r1mega.config import schema
+from r1mega.config import schema, schema_rollout
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def options() -> dict[str, dict[str, str]]:
 @cache
 def fields() -> tuple[FieldDoc, ...]:
     """Every field of the schema in the order written."""
-    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (schema_rollout, schema)]
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     return tuple(
         doc
         for section in classes["Config"].body

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from r1mega.config import checkpoint_files
 from r1mega.config.check import longest_response
-from r1mega.config.schema import Config, EngineKind, Init, Loop, Mtp
+from r1mega.config.choices import EngineKind, Init, Loop, Mtp
+from r1mega.config.schema import Config
 from r1mega.data.prompts import read_qa, tokenize_prompts
 from r1mega.data.sft import read_sft, tokenize_sft
 from r1mega.models import hf_fields

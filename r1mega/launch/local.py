@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 
 from r1mega.config import io
-from r1mega.config.schema import Config, DeviceType, EngineKind, Loop
+from r1mega.config.choices import DeviceType, EngineKind, Loop
+from r1mega.config.schema import Config
 from r1mega.launch import preflight, replays, resume, rundir, supervise
 from r1mega.launch.engines import EngineFleet, fleet_of
 from r1mega.launch.ports import free_port

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from r1mega.config.check import check, longest_response
 from r1mega.config.checkpoint_files import read_json_object
+from r1mega.config.choices import DataFormat, Loop, Recompute
 from r1mega.config.faults import ConfigError, Fault
-from r1mega.config.schema import Config, DataFormat, Loop, Recompute
+from r1mega.config.schema import Config
 from r1mega.data.jsonl import read_rows
 from r1mega.launch.late_checks import check_sglang, check_tensors, check_tokens
 from r1mega.models import fp8, hf_fields

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from r1mega.config import io
+from r1mega.config.choices import Loop
 from r1mega.config.faults import ConfigError, Fault
-from r1mega.config.schema import Config, Loop
+from r1mega.config.schema import Config
 from r1mega.launch import rundir
 
 

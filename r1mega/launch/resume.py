@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from r1mega.config import io
+from r1mega.config.choices import Verify
 from r1mega.config.decisive import decisive, digest
 from r1mega.config.faults import ConfigError, Fault
-from r1mega.config.schema import Config, Verify
+from r1mega.config.schema import Config
 from r1mega.launch import rundir
 
 

@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from r1mega.config.schema import Config, Loop
+from r1mega.config.choices import Loop
+from r1mega.config.schema import Config
 from r1mega.loop.state import RunState
 from r1mega.metrics.console import Console
 from r1mega.metrics.history import METRICS_FILE, read_metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,13 +11,15 @@ from typing import TYPE_CHECKING
 
 from r1mega.algo.lr import learning_rate
 from r1mega.config.checkpoint_files import is_megatron
-from r1mega.config.schema import Config, EngineKind, Init, Loop, Mtp, Transport
+from r1mega.config.choices import Init, Loop, Mtp
+from r1mega.config.schema import Config
 from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
 from r1mega.data.sft import SftSource, read_sft, tokenize_sft
 from r1mega.loop.checkpoints import Checkpoints, restore
 from r1mega.loop.rounds import UpdateRecord
 from r1mega.loop.runlog import RunLog
 from r1mega.loop.state import RunState
+from r1mega.loop.wire_engines import engines_of, torch_dtype
 from r1mega.metrics.timer import PhaseTimer
 from r1mega.models import hf_fields
 from r1mega.models.hf_fields import HfFields
@@ -27,8 +28,7 @@ from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
 from r1mega.reward.compose import Rule
 from r1mega.reward.pool import RewardPool
-from r1mega.types import Engine, Prompt, TrainerWeights
-from r1mega.weights.shelf import Shelf, folder_of
+from r1mega.types import Prompt, TrainerWeights
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
             restore(config, run.groups, run.policy, run.state, run.prompts, COPIES)
         if data.eval is not None:
             run.held_out = load_prompts(config, data.eval, run.tokenizer)[: data.eval_limit]
-        engine, num_speakers = _engine(config, run)
+        engine, num_speakers, run.publish = engines_of(config, run)
         pool = None
         if engine is not None:
             rule = partial(Rule, {"accuracy": reward.accuracy, "format": reward.format})
@@ -131,51 +131,6 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
         finally:
             if pool:
                 pool.close()
-
-
-def _engine(config: Config, run: RlRun) -> tuple[Engine | None, int]:
-    """What this rank generates with, if it does, and how many ranks do; `run.publish` goes where they generate."""
-    rollout, rank = config.rollout, run.groups.rank
-    if rollout.engine is EngineKind.embedded:
-        from r1mega.rollout.embedded import EmbeddedEngine
-        from r1mega.weights import memory
-
-        engine = None
-        if rank < rollout.engines:
-            dtype, device = _dtype(config.precision.params), run.groups.device
-            engine = EmbeddedEngine(config.model.hf, run.tokenizer, dtype, device, rollout.max_batch)
-        run.publish = lambda weights, version: memory.publish(weights, engine, version)
-        return engine, rollout.engines
-    from r1mega.rollout.sglang import SglangEngines
-    from r1mega.weights.disk import DiskPublisher
-    from r1mega.weights.engine_layout import EngineLayout
-    from r1mega.weights.exchange import Exchange
-    from r1mega.weights.ipc import IpcPublisher
-    from r1mega.weights.plan import PublishPlan
-    from r1mega.weights.proof import PublishProof, build_of
-
-    sglang, groups = config.sglang, run.groups
-    dtype = str(sglang.dtype or config.precision.params)
-    layout = EngineLayout(tp=sglang.tp, ep=sglang.ep, attn_dp=sglang.attn_dp)
-    build = build_of(str(config.device.type), sglang.extra_args)
-    proof = PublishProof(run.fields, layout, build, _dtype(dtype), sglang.verify_share)
-    place = Shelf(folder_of(config.run.dir, sglang.weights_dir))
-    servers = None
-    if rank == 0:
-        # The other ranks wait meanwhile, and no longer than this.
-        patience = 0.8 * 60 * config.run.timeout_minutes
-        urls = json.loads(place.addresses.read_text(encoding="utf-8"))
-        servers = SglangEngines(urls, max_in_flight=rollout.max_in_flight, patience_seconds=patience)
-    if sglang.transport is Transport.disk:
-        run.publish = DiskPublisher(place, servers, run.fields, dtype, proof, groups.control).publish
-    else:
-        engines = [layout] * rollout.engines
-        plan = PublishPlan(
-            run.fields, run.layout, engines, dtype=dtype, bucket_bytes=sglang.bucket_bytes, with_mtp=False
-        )
-        exchange = Exchange(plan, rank, run.layout.world_size, groups.device, in_shared_memory=True)
-        run.publish = IpcPublisher(exchange, servers, proof, groups.control).publish
-    return servers, 1
 
 
 @contextmanager
@@ -277,7 +232,7 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
             eps=optim.eps,
             weight_decay=optim.weight_decay,
             clip_grad=optim.clip_grad,
-            moments=_dtype(config.precision.moments),
+            moments=torch_dtype(config.precision.moments),
             overlap_grad_reduce=config.parallel.overlap_grad_reduce,
             overlap_param_gather=config.parallel.overlap_param_gather,
         )
@@ -324,7 +279,7 @@ def _model_options(config: Config):
 
     model, memory = config.model, config.memory
     return ModelOptions(
-        params_dtype=_dtype(config.precision.params),
+        params_dtype=torch_dtype(config.precision.params),
         fp8=config.precision.fp8,
         dispatcher=str(config.parallel.dispatcher),
         fuse_weight_gradients=config.device.fuse_weight_gradients,
@@ -336,12 +291,6 @@ def _model_options(config: Config):
         recompute_modules=tuple(memory.recompute_modules),
         recompute_num_layers=memory.recompute_num_layers,
     )
-
-
-def _dtype(name: str):
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[str(name)]
 
 
 def _synchronize(groups: Groups):

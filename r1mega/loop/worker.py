@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from r1mega.config import io
-from r1mega.config.schema import Loop
+from r1mega.config.choices import Loop
 
 
 def main() -> None:

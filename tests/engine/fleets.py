@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 from safetensors.torch import load_file
 
-from r1mega.config import schema
+from r1mega.config import choices, schema
 from r1mega.launch.engines import EngineFleet, EngineProcess, fleet_of
 from r1mega.rollout.sglang import SglangEngines
 from r1mega.weights.shelf import Shelf, folder_of
@@ -78,8 +78,8 @@ def servers(checkpoint: Path, run_dir: Path, python: Path, **options) -> Iterato
     """
     config = schema.Config()
     config.run.dir, config.model.hf = str(run_dir), str(checkpoint)
-    config.device.type, config.precision.params = schema.DeviceType.cpu, schema.ParamDtype.fp32
-    config.rollout.engine, config.rollout.engines = schema.EngineKind.sglang, 2
+    config.device.type, config.precision.params = choices.DeviceType.cpu, choices.ParamDtype.fp32
+    config.rollout.engine, config.rollout.engines = choices.EngineKind.sglang, 2
     config.rollout.max_batch = 64
     config.sglang.python, config.sglang.max_cached_tokens = str(python), 16384
     for name, value in options.items():

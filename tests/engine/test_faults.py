@@ -21,7 +21,7 @@ import torch.distributed as dist
 from r1mega.models import hf_fields
 from r1mega.models.hf_io import CheckpointWriter
 from r1mega.rollout.client import EngineClient
-from r1mega.rollout.sglang import LIMITS
+from r1mega.rollout.server_pool import LIMITS
 from r1mega.types import Completion, FinishReason, Request, SamplingParams
 from r1mega.weights.disk import DiskPublisher
 from r1mega.weights.engine_layout import EngineLayout

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from r1mega.config import schema
+from r1mega.config import choices, schema
 from r1mega.config.check import BOUNDS, check, longest_response, value_at
 from r1mega.config.registry import fields
 from r1mega.config.schema import Config
@@ -23,12 +23,12 @@ def good(tmp_path: Path) -> Config:
     save_file({"x": np.zeros(3, dtype=np.float32)}, checkpoint / "model.safetensors")
     return Config(
         run=schema.RunConfig(dir=str(tmp_path / "run")),
-        stage=schema.StageConfig(loop=schema.Loop.rl),
-        model=schema.ModelConfig(hf=str(checkpoint), init=schema.Init.load),
-        precision=schema.PrecisionConfig(params=schema.ParamDtype.fp32),
-        device=schema.DeviceConfig(type=schema.DeviceType.cpu),
-        data=schema.DataConfig(train="train.jsonl", format=schema.DataFormat.qa),
-        rollout=schema.RolloutConfig(engine=schema.EngineKind.embedded),
+        stage=schema.StageConfig(loop=choices.Loop.rl),
+        model=schema.ModelConfig(hf=str(checkpoint), init=choices.Init.load),
+        precision=schema.PrecisionConfig(params=choices.ParamDtype.fp32),
+        device=schema.DeviceConfig(type=choices.DeviceType.cpu),
+        data=schema.DataConfig(train="train.jsonl", format=choices.DataFormat.qa),
+        rollout=schema.RolloutConfig(engine=choices.EngineKind.embedded),
     )
 
 
@@ -47,11 +47,11 @@ def messages(config: Config, **values: object) -> list[str]:
 
 
 SERVERS = {
-    "rollout__engine": schema.EngineKind.sglang,
+    "rollout__engine": choices.EngineKind.sglang,
     "rollout__engines": 3,  # more than there are training processes
     "sglang__python": sys.executable,
 }
-SFT = {"stage__loop": schema.Loop.sft, "data__format": schema.DataFormat.sft}
+SFT = {"stage__loop": choices.Loop.sft, "data__format": choices.DataFormat.sft}
 
 
 def test_a_good_configuration_has_no_fault(good: Config) -> None:
@@ -88,11 +88,11 @@ def test_all_faults_are_reported_together(good: Config) -> None:
     ("values", "message"),
     [
         (
-            {"parallel__dispatcher": schema.Dispatcher.flex},
+            {"parallel__dispatcher": choices.Dispatcher.flex},
             "parallel.dispatcher: got flex; needs a GPU (device=cuda); take parallel.dispatcher back to its default",
         ),
         (
-            {"precision__moments": schema.ParamDtype.bf16},
+            {"precision__moments": choices.ParamDtype.bf16},
             "precision.moments: got bf16; needs a GPU (device=cuda); take precision.moments back to its default",
         ),
         (
@@ -106,13 +106,13 @@ def test_all_faults_are_reported_together(good: Config) -> None:
             "set parallel.overlap_grad_reduce=true",
         ),
         (
-            {"memory__recompute": schema.Recompute.selective, "memory__recompute_modules": ["layernorm"]},
+            {"memory__recompute": choices.Recompute.selective, "memory__recompute_modules": ["layernorm"]},
             "memory.recompute_modules: got layernorm; must be among core_attn, mlp, moe, shared_experts with "
             "device.layer_spec=torch; take it out of the list",
         ),
         (
             {
-                "memory__recompute": schema.Recompute.selective,
+                "memory__recompute": choices.Recompute.selective,
                 "memory__recompute_modules": ["moe"],
                 "model__router_balance_coef": 0.1,
             },
@@ -121,9 +121,9 @@ def test_all_faults_are_reported_together(good: Config) -> None:
         ),
         (
             {
-                "memory__recompute": schema.Recompute.full,
+                "memory__recompute": choices.Recompute.full,
                 "memory__recompute_num_layers": 2,
-                "model__mtp": schema.Mtp.train,
+                "model__mtp": choices.Mtp.train,
             },
             "memory.recompute_num_layers: got 2; the multi-token-prediction layer is one layer, and is trained here; "
             "set it to 1",
@@ -143,7 +143,7 @@ def test_all_faults_are_reported_together(good: Config) -> None:
             "sglang.attn_dp: got 3; must divide sglang.tp=2; change one of them",
         ),
         (
-            SERVERS | {"sglang__transport": schema.Transport.ipc, "device__type": schema.DeviceType.cuda},
+            SERVERS | {"sglang__transport": choices.Transport.ipc, "device__type": choices.DeviceType.cuda},
             "sglang.transport: got ipc; servers of 3 processes in all cannot be paired with 1 training ones; "
             "change rollout.engines or sglang.tp, or use disk",
         ),
@@ -161,11 +161,11 @@ def test_all_faults_are_reported_together(good: Config) -> None:
             "use at most 2, or a larger layout",
         ),
         (
-            {"device__layer_spec": schema.LayerSpec.te},
+            {"device__layer_spec": choices.LayerSpec.te},
             "device.layer_spec: got te; Transformer Engine needs a GPU; use device.layer_spec=torch",
         ),
         (
-            {"data__format": schema.DataFormat.sft},
+            {"data__format": choices.DataFormat.sft},
             "data.format: got sft; stage.loop=rl reads qa rows; use data=qa, or stage=sft",
         ),
         (
@@ -248,7 +248,7 @@ def test_a_directory_that_holds_a_run_is_refused(good: Config) -> None:
 def test_random_initialisation_needs_no_weights(good: Config) -> None:
     (Path(good.model.hf) / "model.safetensors").unlink()
     assert len(check(good)) == 1
-    assert messages(good, model__init=schema.Init.random) == []
+    assert messages(good, model__init=choices.Init.random) == []
 
 
 def test_a_tokenizer_of_ones_own(good: Config, tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from r1mega.config.choices import DataFormat, EngineKind, Init, Loop, ParamDtype, Schedule
 from r1mega.config.decisive import decisive, digest
-from r1mega.config.schema import Config, DataFormat, EngineKind, Init, Loop, ParamDtype, Schedule
+from r1mega.config.schema import Config
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from r1mega.config import io
+from r1mega.config.choices import Loop
 from r1mega.config.faults import ConfigError
-from r1mega.config.schema import Config, Loop
+from r1mega.config.schema import Config
 
 # Every field that the schema leaves open.
 GIVEN = {

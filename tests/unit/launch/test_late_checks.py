@@ -7,7 +7,7 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
-from r1mega.config import schema
+from r1mega.config import choices, schema
 from r1mega.launch.late_checks import check_sglang, check_tensors, check_tokens
 
 
@@ -15,8 +15,8 @@ from r1mega.launch.late_checks import check_sglang, check_tensors, check_tokens
 def config(checkpoint, tmp_path):
     def make(source, rows=({"question": "1+1?", "answer": "2"},), **positions):
         config = schema.Config()
-        config.stage.loop, config.model.init = schema.Loop.rl, schema.Init.load
-        config.data.format = schema.DataFormat.qa
+        config.stage.loop, config.model.init = choices.Loop.rl, choices.Init.load
+        config.data.format = choices.DataFormat.qa
         config.model.hf, config.data.train = str(source), str(tmp_path / "train.jsonl")
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         config.rollout.max_tokens = 64
@@ -101,13 +101,13 @@ def test_the_version_of_sglang(checkpoint, config, tmp_path, version, words):
     asked = config(checkpoint("llama"))
     asked.sglang.python = str(python)
     assert check_sglang(asked) == []  # the embedded engine needs none
-    asked.rollout.engine = schema.EngineKind.sglang
+    asked.rollout.engine = choices.EngineKind.sglang
     found = check_sglang(asked)
     assert (found == []) if words is None else (len(found) == 1 and words in found[0])
 
 
 def test_a_python_that_cannot_be_run(checkpoint, config, tmp_path):
     asked = config(checkpoint("llama"))
-    asked.rollout.engine, asked.sglang.python = schema.EngineKind.sglang, str(tmp_path)
+    asked.rollout.engine, asked.sglang.python = choices.EngineKind.sglang, str(tmp_path)
     (found,) = check_sglang(asked)
     assert "cannot be run" in found and found.startswith("sglang.python: got ")

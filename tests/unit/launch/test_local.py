@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from r1mega.config import io
-from r1mega.config.schema import Config, DeviceConfig, DeviceType, ParallelConfig, RunConfig
+from r1mega.config.choices import DeviceType
+from r1mega.config.schema import Config, DeviceConfig, ParallelConfig, RunConfig
 from r1mega.launch import local, preflight
 
 WORKER = """

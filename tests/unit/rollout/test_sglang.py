@@ -8,9 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from r1mega.rollout import sglang
+from r1mega.rollout import server_pool
 from r1mega.rollout.client import answer_of
-from r1mega.rollout.sglang import EnginesLost, SglangEngines
+from r1mega.rollout.server_pool import EnginesLost
+from r1mega.rollout.sglang import SglangEngines
 from r1mega.types import Completion, EngineRefused, EngineUnavailable, FinishReason, Request, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -21,7 +22,7 @@ PARAMS = SamplingParams(max_tokens=2)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(server_pool, "POLL_SECONDS", 0.01)
 
 
 def engines(fake: FakeServers, *, max_in_flight: int = 8, patience: float = 5.0, version: int | None = 3):

@@ -1,0 +1,24 @@
+"""What fields that know a few values can be."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+# OmegaConf reads an enum by member name and writes it by member name, so every member is named as its value.
+Loop = StrEnum("Loop", ["rl", "sft"])
+Init = StrEnum("Init", ["load", "random"])
+ParamDtype = StrEnum("ParamDtype", ["fp32", "bf16"])
+DeviceType = StrEnum("DeviceType", ["cpu", "cuda"])
+LayerSpec = StrEnum("LayerSpec", ["torch", "te"])
+DataFormat = StrEnum("DataFormat", ["qa", "sft"])
+Template = StrEnum("Template", ["r1_zero", "plain", "chat"])
+EngineKind = StrEnum("EngineKind", ["embedded", "sglang"])
+RatioLevel = StrEnum("RatioLevel", ["token", "sequence"])
+Aggregation = StrEnum("Aggregation", ["sequence_mean", "token_mean", "sequence_sum", "constant"])
+Schedule = StrEnum("Schedule", ["constant", "linear", "cosine"])
+WandbMode = StrEnum("WandbMode", ["offline", "online"])
+Mtp = StrEnum("Mtp", ["drop", "freeze", "train"])
+Recompute = StrEnum("Recompute", ["none", "selective", "full"])
+Dispatcher = StrEnum("Dispatcher", ["alltoall", "flex"])
+Verify = StrEnum("Verify", ["full", "quick"])
+Transport = StrEnum("Transport", ["disk", "ipc"])
