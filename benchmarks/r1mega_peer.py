@@ -26,6 +26,7 @@ device.prepare("cpu")  # before the first import of Megatron
 from megatron.core.pipeline_parallel import schedules
 from transformers import AutoTokenizer
 
+from r1mega.data.prompts import PromptSource
 from r1mega.loop import phases
 from r1mega.loop.runlog import RunLog
 from r1mega.loop.wire import RlRun
@@ -33,11 +34,12 @@ from r1mega.metrics.timer import PhaseTimer
 from r1mega.models import hf_fields
 from r1mega.models.hf_config import ModelOptions
 from r1mega.models.hf_io import CheckpointReader
-from r1mega.rollout.collector import Collector
+from r1mega.rollout.collector import Collector, Lockstep
 from r1mega.rollout.embedded import EmbeddedEngine
 from r1mega.train.optimizer import AdamSettings
 from r1mega.train.policy import MegatronPolicy
 from r1mega.types import Completion, Prompt, Request, SamplingParams, Score
+from r1mega.weights import memory
 
 
 class _ForcedLengths(EmbeddedEngine):
@@ -71,7 +73,9 @@ class R1megaPeer:
         self._clock = {phase: 0.0 for phase in PHASES}
         self._run = self._wire(config, model_dir, lengths)
         encode = self._run.tokenizer.encode
-        self._prompts = [Prompt(str(i), text, "", tuple(encode(text))) for i, text in enumerate(prompts)]
+        asked = [Prompt(str(i), text, "", tuple(encode(text))) for i, text in enumerate(prompts)]
+        source = PromptSource(asked, seed, shuffle=False)  # as many as a round asks for: the same in each
+        self._run.rollouts = Lockstep(self._run.collector, source, len(asked), SAMPLES_PER_PROMPT)
         self._tokens = sum(lengths)
         self._time_megatron()
         self._run.policy.keep_copy("reference")
@@ -83,7 +87,7 @@ class R1megaPeer:
         self._clock = dict.fromkeys(PHASES, 0.0)
         begin = time.perf_counter()
         run.state.round += 1
-        phases.rollout(run, self._prompts)
+        phases.rollout(run)
         batch = phases.inference(run, phases.reward(run))
         for samples in phases.split_round(run, batch):
             phases.update(run, batch, samples)
@@ -116,8 +120,9 @@ class R1megaPeer:
         collector = Collector(engine, 1, decode, _score, world.control)
         log = RunLog(config, enabled=False, model=fields.family, layout="1", world_size=1)
         return RlRun(
-            config, Layout(), world, fields, policy, tokenizer, log, PhaseTimer(), engine=engine, collector=collector
-        )
+            config, Layout(), world, fields, policy, tokenizer, log, PhaseTimer(), collector=collector,
+            publish=lambda weights, version: memory.publish(weights, engine, version),
+        )  # fmt: skip
 
     def _time_megatron(self) -> None:
         """Read the clock around Megatron's forward and backward step and around the optimizer."""

@@ -51,13 +51,38 @@ class Score:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Span:
+    """Tokens start .. end - 1 of a response, generated under one version of the weights."""
+
+    weight_version: int
+    start: int
+    end: int
+
+
+def _covering(spans: tuple[Span, ...], num_tokens: int, version: int) -> tuple[Span, ...]:
+    """`spans`, which must cover so many tokens without gap or overlap; one of all tokens where none is given."""
+    if not spans:
+        return (Span(version, 0, num_tokens),) if num_tokens else ()
+    ends = [0, *(span.end for span in spans)]
+    starts = [*(span.start for span in spans), num_tokens]
+    assert starts == ends and all(span.start < span.end for span in spans), f"spans {spans} of {num_tokens} tokens"
+    assert spans[-1].weight_version == version, "the version of a sequence is that of its last token"
+    return spans
+
+
 @dataclass
 class Sample:
     """One generated sequence.
 
     `token_ids` is the response only (the prompt's ids stand in the group's Prompt) and includes the stop token where
     one was generated. `loss_mask` and `rollout_logprobs` have one entry per response token; `rollout_logprobs` are
-    log softmax(logits / temperature) of the engine at the sampled token.
+    log softmax(logits / temperature) of the engine at the sampled token. `routed_experts` [prompt + response - 1, MoE
+    layers, top_k] are the experts that the engine sent each token to, the last one left out, which it never read; they
+    stay on the rank that collected the sample, None elsewhere and where they were not asked for.
+
+    `spans` say under which weights each token was generated; left out, all under `weight_version`, which is the
+    version of the last token.
     """
 
     prompt_id: str
@@ -69,6 +94,11 @@ class Sample:
     weight_version: int
     text: str = ""
     score: Score | None = None
+    spans: tuple[Span, ...] = ()
+    routed_experts: torch.Tensor | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.spans = _covering(self.spans, len(self.token_ids), self.weight_version)
 
     @property
     def reward(self) -> float:
@@ -88,7 +118,10 @@ class SampleGroup:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an engine samples. `temperature` 0 is greedy; `stop` are strings, kept in the output where one ends it."""
+    """How an engine samples. `temperature` 0 is greedy; `stop` are strings, kept in the output where one ends it.
+
+    With `routed_experts` each completion says which experts its tokens went to (SGLang only).
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -96,6 +129,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
+    routed_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +143,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished sequence: the response's token ids and the log-prob of each (see Sample.rollout_logprobs)."""
+    """One sequence: the response's token ids and the log-prob of each (see Sample.rollout_logprobs).
+
+    It is finished but where `finish_reason` is abort. `weight_version` and `spans` are those of Sample, and
+    `routed_experts`, where SamplingParams asked for them.
+    """
 
     key: int
     index: int
@@ -117,6 +155,11 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     weight_version: int
+    spans: tuple[Span, ...] = ()
+    routed_experts: torch.Tensor | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", _covering(self.spans, len(self.token_ids), self.weight_version))
 
 
 class Engine(Protocol):
@@ -159,8 +202,26 @@ class EngineRefused(EngineFault):
     """The server understood and said no: asking again does not help."""
 
 
+TensorShape = tuple[str, str, Sequence[int]]  # name, dtype as torch calls it, shape
+
+
+@dataclass(frozen=True)
+class GroupAddress:
+    """A process group that rank 0 waits in for others: where, what it is called, and how many ranks it has in all."""
+
+    name: str
+    host: str
+    port: int
+    size: int
+    backend: str
+
+
 class Servers(Protocol):
     """Engines in processes of their own, as who publishes to them sees them. All raise EngineFault."""
+
+    @property
+    def urls(self) -> Sequence[str]:
+        """One of each server."""
 
     def load_from_disk(self, directory: str, version: int) -> None:
         """Make every server load a checkpoint directory."""
@@ -170,6 +231,18 @@ class Servers(Protocol):
 
     def update_from_tensors(self, payloads: Sequence[Sequence[str]]) -> None:
         """Hand over tensors: payloads[server][rank]."""
+
+    def weight_versions(self) -> list[str]:
+        """What each server calls the weights that it serves."""
+
+    def join_group(self, address: GroupAddress, first_ranks: Sequence[int]) -> None:
+        """Make every server join a process group, from its own first rank on; returns when all are there."""
+
+    def leave_groups(self, names: Sequence[str]) -> None:
+        """Make every server leave groups, where it answers and is in them. Raises nothing."""
+
+    def update_from_group(self, name: str, tensors: Sequence[TensorShape]) -> None:
+        """Load tensors that rank 0 of the group broadcasts as one piece; returns when they are loaded."""
 
     def end_update(self, version: int) -> None:
         """All weights have been handed over: serve them, under this version."""

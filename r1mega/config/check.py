@@ -44,15 +44,23 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("rollout.max_tokens", ((">=", 1),)),
     ("rollout.max_batch", ((">=", 1),)),
     ("rollout.max_in_flight", ((">=", 1),)),
+    ("rollout.over_sampling", ((">=", 1),)),
+    ("rollout.max_staleness", ((">=", 0),)),
     ("rollout.probe_tolerance", ((">", 0),)),
     ("rollout.probe_outliers", ((">=", 0), ("<=", 1))),
     ("sglang.tp", ((">=", 1),)),
     ("sglang.ep", ((">=", 1),)),
     ("sglang.attn_dp", ((">=", 1),)),
+    ("sglang.nodes_per_engine", ((">=", 1),)),
+    ("sglang.first_port", ((">=", 1024), ("<", 65536))),
+    ("sglang.first_gpu", ((">=", 0),)),
     ("sglang.memory_fraction", ((">", 0), ("<", 1))),
     ("sglang.max_cached_tokens", ((">=", 1),)),
     ("sglang.bucket_bytes", ((">=", 1),)),
     ("sglang.verify_share", ((">=", 0), ("<=", 1))),
+    ("rollout.probe_sequences", ((">=", 0),)),
+    ("sglang.redundant_experts", ((">=", 0),)),
+    ("sglang.speculative_steps", ((">=", 0),)),
     ("sglang.startup_seconds", ((">", 0),)),
     ("sglang.hang_seconds", ((">", 0),)),
     ("sglang.restarts", ((">=", 0),)),
@@ -63,6 +71,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("algo.clip_low", ((">=", 0),)),
     ("algo.clip_high", ((">=", 0),)),
     ("algo.kl_coef", ((">=", 0),)),
+    ("algo.correction_cap", ((">=", 0),)),
     ("algo.reference_refresh", ((">=", 0),)),
     ("algo.max_tokens_per_micro_batch", ((">=", 1),)),
     ("sft.batch_size", ((">=", 1),)),
@@ -213,10 +222,16 @@ def _check_memory(config: Config) -> Iterator[Fault]:
         if name not in allowed:
             constraint = f"must be among {', '.join(allowed)} with device.layer_spec={config.device.layer_spec}"
             yield Fault("memory.recompute_modules", name, constraint, "take it out of the list")
-    if "moe" in memory.recompute_modules and (model.router_balance_coef or model.moe_router_bias_update_rate):
-        # The router is asked again in the backward pass, when the tokens at hand are those of another micro-batch.
+    if "moe" not in memory.recompute_modules:
+        return
+    # The router is asked again in the backward pass, when the tokens at hand are those of another micro-batch.
+    if model.router_balance_coef or model.moe_router_bias_update_rate:
         constraint = "the router counts tokens by sequence, which it cannot while its module is recomputed alone"
         remedy = "recompute whole layers (memory.recompute=full), or freeze the router's balance"
+        yield Fault("memory.recompute_modules", "moe", constraint, remedy)
+    elif config.rollout.router_replay:
+        constraint = "the router replays by token, which it cannot while its module is recomputed alone"
+        remedy = "recompute whole layers (memory.recompute=full), or set rollout.router_replay=false"
         yield Fault("memory.recompute_modules", "moe", constraint, remedy)
 
 

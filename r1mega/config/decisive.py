@@ -16,7 +16,7 @@ _SECTIONS = ("stage", "model", "precision", "reward", "algo", "sft", "optim")
 _FIELDS = {
     "run": ("seed",),
     "data": ("train", "format", "question_key", "answer_key", "template", "max_prompt_tokens", "shuffle"),
-    "rollout": ("temperature", "top_p", "max_tokens", "stop"),
+    "rollout": ("temperature", "top_p", "max_tokens", "stop", "over_sampling", "carry_partial", "max_staleness"),
 }
 # Within those sections: numbers that change no result but where rounding does.
 _INDIFFERENT = {"algo.max_tokens_per_micro_batch", "sft.max_tokens_per_micro_batch"}

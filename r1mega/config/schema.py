@@ -204,6 +204,9 @@ class AlgoConfig:
     """Token losses: mean of each output (GRPO), mean of all tokens (DAPO), sum of each output, or over a constant."""
     advantage_std: bool = True
     """Divide a group's advantages by its standard deviation (R1 Eq. 3); false is Dr. GRPO."""
+    correction_cap: float = 0.0
+    """Cap of the importance weights that correct for samples of other weights or other arithmetic (truncated importance
+    sampling, Yao et al. 2025; verl: 2); 0 leaves them out (ours)."""
     reference_refresh: int = 400
     """Updates after which the reference becomes the latest policy (R1: 400); 0 keeps the first one."""
     max_tokens_per_micro_batch: int = 16384

@@ -14,7 +14,7 @@ from r1mega.data.prompts import read_qa, tokenize_prompts
 from r1mega.data.sft import read_sft, tokenize_sft
 from r1mega.models import hf_fields
 from r1mega.models.hf_fields import HfFields, layer_of
-from r1mega.rollout.server import SGLANG_VERSION
+from r1mega.rollout.server import ROUTER_VERSION, SGLANG_VERSION
 from r1mega.types import Prompt
 
 _PYTHON_SECONDS = 60.0  # a Python on a cold network disk takes long
@@ -65,22 +65,29 @@ def _check_positions(prompts: Sequence[Prompt], config: Config, fields: HfFields
 
 
 def check_sglang(config: Config) -> list[str]:
-    """The environment of the servers holds the SGLang that they are spoken to as."""
+    """The environment of the servers holds the SGLang that they are spoken to as, and the router asked for."""
     if config.rollout.engine is not EngineKind.sglang or config.stage.loop is not Loop.rl:
         return []
     python = config.sglang.python
-    program = "from importlib.metadata import version; print(version('sglang'))"
+    wanted = {"sglang": ("SGLang", SGLANG_VERSION)}
+    if config.sglang.router:
+        wanted["sglang-router"] = ("sglang-router", ROUTER_VERSION)
+    asks = "; ".join(f"print(version({package!r}))" for package in wanted)
+    program = f"from importlib.metadata import version; {asks}"
     try:
         asked = subprocess.run([python, "-c", program], capture_output=True, text=True, timeout=_PYTHON_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [f"sglang.python: got {python}; cannot be run ({error}); name the Python of SGLang's environment"]
-    found = asked.stdout.strip() if asked.returncode == 0 else "none"
-    if found == SGLANG_VERSION:
-        return []
-    return [
-        f"sglang.python: {python} has SGLang {found}; must have {SGLANG_VERSION}, whose interface is the one used; "
-        "install it there (without a GPU: make sglang-cpu)"
-    ]
+    found = asked.stdout.split()
+    faults = []
+    for i, (name, version) in enumerate(wanted.values()):
+        if i >= len(found) or found[i] != version:
+            faults.append(
+                f"sglang.python: {python} has {name} {found[i] if i < len(found) else 'none'}; must have {version}, "
+                "whose interface is the one used; install it there (without a GPU: make sglang-cpu)"
+            )
+            break  # what comes after a missing package was not asked for
+    return faults
 
 
 def check_tensors(config: Config) -> list[str]:

@@ -84,6 +84,9 @@ def _check_model(config: Config, sizes_are_sound: bool) -> list[Fault | str]:
         faults += _check_recomputation(config, layout, fields["num_hidden_layers"])
     if config.precision.fp8 and not faults:
         faults += fp8.problems(fields, layout)
+    if config.rollout.router_replay and not fields.moe_layers and config.stage.loop is Loop.rl:
+        constraint = f"a {fields.family} model of these layers has no experts to replay the choice of"
+        faults.append(Fault("rollout.router_replay", "true", constraint, "set it to false"))
     # Prompts count towards the model's positions too, but their true lengths are known only once they are tokenized.
     field, tokens = longest_response(config)
     positions = fields["max_position_embeddings"]

@@ -4,6 +4,7 @@ update-000012/model/         weights, optimizer, reference (Megatron's distribut
 update-000012/rng/           the random states of each rank, for the same layout alone
 update-000012/config.json    the model's, with its tokenizer: the directory is a source of weights by itself
 update-000012/state.json     clocks, data cursor, where the logs stood, layout, digest of what decides the run
+update-000012/pending.safetensors  groups that were asked for and not trained on, where there are any (loop.rounds)
 update-000012/manifest.json  every file with its digest; written last (train.checkpoint_store)
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,22 +23,21 @@ import torch.distributed as dist
 from r1mega.config.decisive import digest
 from r1mega.config.schema import Config
 from r1mega.conversion import config_files
+from r1mega.loop.rounds import read_groups, write_groups
 from r1mega.loop.state import RunState
 from r1mega.parallel.collectives import share
 from r1mega.parallel.groups import Groups
 from r1mega.train.checkpoint_store import CheckpointStore
+from r1mega.types import SampleGroup
 
 if TYPE_CHECKING:
     from r1mega.train.policy import MegatronPolicy
 
-FOLDER, STATE_FILE = "checkpoints", "state.json"
+FOLDER, STATE_FILE, PENDING_FILE = "checkpoints", "state.json", "pending.safetensors"
 
 
 class Cursor(Protocol):
     """A data source that can be resumed."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on there."""
@@ -81,12 +81,16 @@ class Checkpoints:
         every = self._config.checkpoint.every
         return every > 0 and state.update // every > state.saved_at // every
 
-    def save(self, state: RunState, data: Cursor, log: Log) -> None:
-        """Write a checkpoint; asynchronous, begin to. Collective."""
+    def save(self, state: RunState, cursor: dict[str, Any], log: Log, pending: Sequence[SampleGroup] = ()) -> None:
+        """Write a checkpoint; asynchronous, begin to. Collective.
+
+        `cursor` is where the data source stands, and `pending` what was asked of the engines since and not trained on;
+        rank 0's are written.
+        """
         self.finish()
         state.saved_at = state.update
         control, rank = self._groups.control, self._groups.rank
-        path = Path(share(self._begin(state, data, log) if rank == 0 else None, control))
+        path = Path(share(self._begin(state, cursor, log, pending) if rank == 0 else None, control))
         torch.save(_random_states(), path / "rng" / f"rank-{rank:05d}.pt")
         with _watched(self._config.run.timeout_minutes):
             request = self._policy.save(path / "model", asynchronous=self._queue is not None)
@@ -107,18 +111,20 @@ class Checkpoints:
         if self._queue is not None:
             self._queue.maybe_finalize_async_calls(blocking=True)
 
-    def _begin(self, state: RunState, data: Cursor, log: Log) -> str:
+    def _begin(self, state: RunState, cursor: dict[str, Any], log: Log, pending: Sequence[SampleGroup]) -> str:
         path = self._store.begin(state.update)
         for name in ("model", "rng"):
             (path / name).mkdir()
         content = {
             "state": state.state_dict(),
-            "data": data.state_dict(),
+            "data": cursor,
             "log": log.position(),
             "layout": str(self._groups.layout),
             "config": digest(self._config),
-            "pending": [],  # samples of a rollout not trained on yet: none, a checkpoint is taken between rounds
+            "pending": [group.prompt.id for group in pending],
         }
+        if pending:
+            write_groups(path / PENDING_FILE, pending, {})
         model = self._config.model
         config_files.keep(path, self._policy.fields, Path(model.tokenizer or model.hf))
         (path / STATE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -169,6 +175,12 @@ def restore(
         data.load_state_dict(saved["data"])
     if saved["layout"] == str(groups.layout):
         _set_random_states(torch.load(path / "rng" / f"rank-{groups.rank:05d}.pt"))
+
+
+def read_pending(path: Path, *, with_experts: bool = False) -> list[SampleGroup]:
+    """The groups that a checkpoint's run had asked for and not trained on, without texts. Raises ValueError where they
+    cannot be read, or lack the experts asked for."""
+    return read_groups(path / PENDING_FILE, with_experts=with_experts)[0] if read_state(path)["pending"] else []
 
 
 def read_state(path: Path) -> dict[str, Any]:

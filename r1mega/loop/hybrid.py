@@ -23,8 +23,7 @@ def train(run: RlRun) -> None:
     phases.begin(run)
     while state.update < run.config.algo.updates:
         state.round += 1
-        prompts = run.prompts.next(run.config.algo.questions_per_round)
-        phases.rollout(run, prompts)
+        phases.rollout(run)
         groups = phases.reward(run)
         batch = phases.inference(run, groups)
         for samples in phases.split_round(run, batch):

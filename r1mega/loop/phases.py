@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from r1mega.algo.advantage import group_advantages
 from r1mega.algo.aggregation import token_weights
+from r1mega.algo.correction import corrected
 from r1mega.algo.packing import split_updates
 from r1mega.algo.policy_loss import mean_metrics, policy_loss
 from r1mega.loop import records, rounds
+from r1mega.loop.delivery import deliver
 from r1mega.loop.rounds import RoundRecord, UpdateRecord
 from r1mega.loop.wire import REFERENCE, RlRun
+from r1mega.metrics.memory import largest
+from r1mega.parallel.collectives import gather
 from r1mega.parallel.seed import derive
+from r1mega.train import routes
 from r1mega.train.batch import MicroBatch, PackItem
-from r1mega.types import Prompt, Sample, SampleGroup, SamplingParams
+from r1mega.types import Sample, SampleGroup, SamplingParams
 from r1mega.weights import verify
 
 
@@ -25,11 +30,12 @@ class RoundBatch:
     """The samples of a round, one entry each, with all that the loss needs. The same on every rank."""
 
     samples: list[Sample]
-    items: list[PackItem]
+    items: list[PackItem]  # of the policy: with the experts the engine chose, where these are replayed
     advantages: list[float]
     valid: list[bool]  # False: the reward failed, the sample is left out of the loss
     anchor: list[torch.Tensor] | None  # None: one update a round, whose own log-probs are the anchor
     reference: list[torch.Tensor] | None  # None: kl_coef is 0
+    rollout: list[torch.Tensor]  # the engine's own, as it generated
 
 
 def begin(run: RlRun) -> None:
@@ -42,24 +48,30 @@ def begin(run: RlRun) -> None:
     evaluate(run)
 
 
-def rollout(run: RlRun, prompts: Sequence[Prompt]) -> None:
-    """Sample a group of responses to every prompt. Scoring goes on beside it."""
-    config = run.config
+def rollout(run: RlRun) -> None:
+    """Sample a group of responses to each of the round's questions. Scoring goes on beside it."""
+    config, state = run.config, run.state
     params = SamplingParams(
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
         max_tokens=config.rollout.max_tokens,
         stop=tuple(config.rollout.stop),
-        seed=derive(config.run.seed, "rollout", run.state.round),
+        seed=derive(config.run.seed, "rollout", state.round),
+        routed_experts=config.rollout.router_replay,
     )
+    is_last = state.update + config.algo.updates_per_round >= config.algo.updates
     with run.timer.phase("rollout"):
-        run.collector.generate(prompts, config.algo.group_size, params, version=run.state.update)
+        run.turns.engines()
+        run.rollouts.generate(params, version=state.update, is_last=is_last)
 
 
 def reward(run: RlRun) -> list[SampleGroup]:
     """Wait for the scores that the rollout left open; bring the groups to every rank."""
     with run.timer.phase("reward"):
-        return run.collector.groups()
+        groups = run.rollouts.groups()
+    per_round = run.config.algo.updates_per_round
+    run.log.round_metrics |= run.rollouts.metrics() | records.staleness(groups, run.state.update, per_round)
+    return groups
 
 
 def inference(run: RlRun, groups: list[SampleGroup]) -> RoundBatch:
@@ -80,21 +92,39 @@ def inference(run: RlRun, groups: list[SampleGroup]) -> RoundBatch:
     )
     anchor = reference = None
     with run.timer.phase("inference"), torch.no_grad():
+        run.turns.trainer()
         plan = run.policy.plan(items, algo.max_tokens_per_micro_batch)
+        given = items
+        if run.config.rollout.router_replay:
+            given = routes.deal(items, [sample.routed_experts for sample in samples], run.fields, run.groups)
         if algo.updates_per_round > 1:
-            anchor = run.policy.logprobs(items, plan)
+            anchor = run.policy.logprobs(given, plan)
             measure_gap(run, samples, anchor)
         if algo.kl_coef > 0:
+            # It chooses its experts itself: its weights are not those that the engine chose with.
             with run.policy.weights(REFERENCE):
                 reference = run.policy.logprobs(items, plan)
-    return RoundBatch(samples, items, advantages.tolist(), valid, anchor, reference)
+    engine = [torch.tensor(sample.rollout_logprobs) for sample in samples]
+    return RoundBatch(samples, given, advantages.tolist(), valid, anchor, reference, engine)
 
 
 def measure_gap(run: RlRun, samples: Sequence[Sample], trainer: Sequence[torch.Tensor]) -> None:
-    """The engine's log-probs of its samples against the trainer's at the start of the round, before any update."""
+    """The engine's log-probs of its samples against the trainer's at the start of the round, before any update.
+
+    Only of tokens generated under the weights published last: others are those of another policy.
+    """
     rollout = run.config.rollout
-    engine = [torch.tensor(sample.rollout_logprobs) for sample in samples]
-    gap = verify.logprob_gap(engine, trainer, rollout.probe_tolerance)
+    found = [
+        (i, torch.tensor(sample.rollout_logprobs[span.start : span.end]), trainer[i][span.start : span.end])
+        for i, sample in enumerate(samples)
+        for span in sample.spans
+        if span.weight_version == run.state.update
+    ]
+    if not found:
+        return
+    numbers, engine, ours = zip(*found, strict=True)
+    gap = verify.logprob_gap(engine, ours, rollout.probe_tolerance)
+    gap = replace(gap, worst_sample=numbers[gap.worst_sample])
     run.log.round_metrics |= {"sync/logprob_gap_mean": gap.mean, "sync/logprob_gap_max": gap.max, "sync/over": gap.over}
     if rollout.probe:
         verify.require_agreement(gap, rollout.probe_tolerance, rollout.probe_outliers, version=run.state.update)
@@ -129,11 +159,16 @@ def update(run: RlRun, batch: RoundBatch, samples: list[int]) -> None:
         if batch.anchor is None:
             own.update(zip(micro.samples, logprobs_R.detach().cpu().split(micro.num_responses), strict=True))
         weights_R = spread(weights)
+        advantages_R = spread([batch.advantages[i] for i in samples])
+        factors = {}
+        if algo.correction_cap > 0:
+            rollout_R = of_tokens(batch.rollout)
+            advantages_R, factors = corrected(advantages_R, weights_R, anchor_R, rollout_R, cap=algo.correction_cap)
         value, metrics = policy_loss(
             logprobs_R,
             anchor_R,
             None if batch.reference is None else of_tokens(batch.reference),
-            spread([batch.advantages[i] for i in samples]),
+            advantages_R,
             weights_R,
             clip_low=algo.clip_low,
             clip_high=algo.clip_high,
@@ -144,7 +179,7 @@ def update(run: RlRun, batch: RoundBatch, samples: list[int]) -> None:
         )
         metrics["entropy"] = torch.where(weights_R != 0, entropy_R, 0.0).sum()
         metrics["loss"] = value.detach()
-        return value, metrics
+        return value, metrics | factors
 
     lr = run.learning_rate(algo.updates)
     num_tokens = max(1, sum(lengths))
@@ -169,11 +204,9 @@ def is_refresh_due(run: RlRun) -> bool:
 
 def publish(run: RlRun) -> None:
     """Bring the policy's weights to every engine, resharded into Hugging Face tensors; the version is the update
-    count."""
+    count. It is then the engines' turn."""
     with run.timer.phase("publish"):
-        run.publish(run.policy, run.state.update)
-        if run.config.memory.offload:
-            run.policy.hand_over()
+        run.log.round_metrics |= deliver(run)
 
 
 def is_evaluation_due(run: RlRun) -> bool:
@@ -199,6 +232,7 @@ def evaluate(run: RlRun) -> None:
         seed=derive(config.run.seed, "evaluate"),
     )
     with run.timer.phase("evaluate"):
+        run.turns.engines()
         run.collector.generate(run.held_out, 1, params, version=state.update)
         groups = run.collector.groups()
     run.log.samples(state, groups, split="eval", limit=config.logger.samples_per_round)
@@ -209,6 +243,7 @@ def close_round(run: RlRun, groups: list[SampleGroup], batch: RoundBatch) -> Non
     """Write what the round was: rewards, lengths, phase times, tokens per second, and some samples; export where
     due."""
     seconds = run.timer.finish_round()
+    run.log.round_metrics |= largest(gather(run.memory.finish_round(), run.groups.control))
     run.log.samples(run.state, groups, split="train", limit=run.config.logger.samples_per_round)
     run.log.close_round(
         run.state, records.round_metrics(groups), seconds, sum(len(item.tokens) for item in batch.items)
@@ -216,11 +251,14 @@ def close_round(run: RlRun, groups: list[SampleGroup], batch: RoundBatch) -> Non
     record_round(run, groups)
     every = run.config.export.every
     if every > 0 and run.state.update // every > run.state.exported_at // every:
+        run.turns.both()
         run.state.exported_at = run.state.update
         run.export(f"hf-{run.state.update:06d}")
     run.checkpoints.poll()
     if run.checkpoints.is_due(run.state):
-        run.checkpoints.save(run.state, run.prompts, run.log)
+        run.turns.both()
+        cursor, pending = run.rollouts.snapshot()
+        run.checkpoints.save(run.state, cursor, run.log, pending)
 
 
 def record_round(run: RlRun, groups: list[SampleGroup]) -> None:
@@ -235,5 +273,6 @@ def record_round(run: RlRun, groups: list[SampleGroup]) -> None:
 def finish(run: RlRun) -> None:
     """Export the final policy, draw the curves, write the summary."""
     if run.config.export.hf:
+        run.turns.both()
         run.export("hf")
     run.log.finish(run.state)

@@ -12,7 +12,7 @@ def update_metrics(
 ) -> dict[str, float]:
     """Names and numbers of one RL update, from the loss's means and sums."""
     tokens = max(sums["num_tokens"], 1.0)
-    return {
+    values = {
         "train/loss": sums["loss"],
         "train/kl": means["kl"],
         "train/clip_fraction": means["clip_fraction"],
@@ -21,23 +21,28 @@ def update_metrics(
         "train/entropy": sums["entropy"] / tokens,
         "train/grad_norm": grad_norm,
         "train/lr": lr,
-    } | expert_metrics(sums)
+    }
+    if "correction" in sums:
+        values["train/correction"] = sums["correction"] / tokens
+        values["train/correction_capped"] = sums["correction_capped"] / tokens
+    return values | expert_metrics(sums)
 
 
 def expert_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """How evenly tokens fell on the experts; empty for a dense model.
 
     An expert's load is its tokens over its layer's mean: the largest of any layer, the mean of the layers' largest, and
-    the share of experts without a token.
+    the share of experts without a token. Where the engine's choice of experts is replayed, also the share of tokens,
+    over all layers, for which the trainer would have chosen another set.
     """
-    layers = sums.get("expert_layers", 0.0)
+    layers, replayed = sums.get("expert_layers", 0.0), sums.get("replayed", 0.0)
     if not layers:
         return {}
     return {
         "moe/load_max": sums["expert_load_max"],
         "moe/load_mean": sums["expert_load_sum"] / layers,
         "moe/idle_experts": sums["experts_idle"] / layers,
-    }
+    } | ({"moe/replay_disagreement": sums["replayed_otherwise"] / replayed} if replayed else {})
 
 
 def round_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
@@ -62,6 +67,18 @@ def round_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
     flat = [group for group in groups if len({sample.reward for sample in group.samples}) == 1]
     values["reward/flat_groups"] = len(flat) / len(groups)
     return values
+
+
+def staleness(groups: Sequence[SampleGroup], version: int, step: int) -> dict[str, float]:
+    """How many rounds of `step` updates the weights of the tokens are behind `version`: mean and largest."""
+    spans = [span for group in groups for sample in group.samples for span in sample.spans]
+    tokens = sum(span.end - span.start for span in spans)
+    behind = sum((version - span.weight_version) * (span.end - span.start) for span in spans)
+    oldest = min((span.weight_version for span in spans), default=version)
+    return {
+        "rollout/staleness_mean": behind / step / max(tokens, 1),
+        "rollout/staleness_max": (version - oldest) / step,
+    }
 
 
 def evaluation_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:

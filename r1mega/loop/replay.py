@@ -28,7 +28,8 @@ def replay(run: RlRun, round_number: int, update: int) -> dict:
     """Go through the recorded rounds up to the update wanted; returns both sides of that update."""
     while run.state.round < round_number:
         run.state.round += 1
-        record = rounds.read(run.config.run.dir, run.state.round)
+        experts = run.config.rollout.router_replay
+        record = rounds.read(run.config.run.dir, run.state.round, with_experts=experts)
         for expected, got in _redo(run, record, last=update):
             if run.state.round == round_number and got.update == update:
                 return _compared(run, record, expected, got)

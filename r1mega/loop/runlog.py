@@ -124,6 +124,7 @@ class RunLog:
                     "finish_reason": str(sample.finish_reason),
                     "num_tokens": len(sample.token_ids),
                     "weight_version": sample.weight_version,
+                    "spans": [[span.weight_version, span.start, span.end] for span in sample.spans],
                 }
             )
 

@@ -34,7 +34,7 @@ def train(run: SftRun) -> None:
             run.export(f"hf-{state.update:06d}")
         run.checkpoints.poll()
         if run.checkpoints.is_due(state):
-            run.checkpoints.save(state, run.examples, run.log)
+            run.checkpoints.save(state, run.examples.state_dict(), run.log)
     if config.export.hf:
         run.export("hf")
     run.log.finish(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,11 +15,14 @@ from r1mega.config.choices import Init, Loop, Mtp
 from r1mega.config.schema import Config
 from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
 from r1mega.data.sft import SftSource, read_sft, tokenize_sft
-from r1mega.loop.checkpoints import Checkpoints, restore
+from r1mega.loop.checkpoints import Checkpoints, read_pending, restore
 from r1mega.loop.rounds import UpdateRecord
 from r1mega.loop.runlog import RunLog
 from r1mega.loop.state import RunState
-from r1mega.loop.wire_engines import engines_of, torch_dtype
+from r1mega.loop.turns import Turns
+from r1mega.loop.wire_engines import engines_of, memory_figures, probe_of, rollouts_of
+from r1mega.loop.wire_publish import torch_dtype
+from r1mega.metrics.memory import PhaseMemory
 from r1mega.metrics.timer import PhaseTimer
 from r1mega.models import hf_fields
 from r1mega.models.hf_fields import HfFields
@@ -34,8 +37,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from r1mega.rollout.collector import Collector
+    from r1mega.rollout.collector import Collector, Lockstep, Streamed
     from r1mega.train.policy import MegatronPolicy
+    from r1mega.weights.probe import PublishProbe
 
 REFERENCE = "reference"
 COPIES = (REFERENCE,)  # what RL keeps beside the weights
@@ -53,6 +57,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     log: RunLog
     timer: PhaseTimer
+    memory: PhaseMemory
     checkpoints: Checkpoints | None = None
     state: RunState = field(default_factory=RunState)
 
@@ -88,10 +93,19 @@ class RlRun(Run):
     """What the RL loop has besides."""
 
     publish: Callable[[TrainerWeights, int], None] | None = None  # to every engine, under a version; collective
-    collector: Collector | None = None
+    turns: Turns = field(default_factory=Turns)
+    probe: PublishProbe | None = None
+    collector: Collector | None = None  # for evaluations
+    rollouts: Lockstep | Streamed | None = None
     prompts: PromptSource | None = None
     held_out: list[Prompt] = field(default_factory=list)
     updates: list[UpdateRecord] = field(default_factory=list)  # of the round at hand
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text rewards are given: the response without the end-of-sequence token that closed it."""
+        if token_ids and token_ids[-1] == self.tokenizer.eos_token_id:
+            token_ids = token_ids[:-1]
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
 @dataclass
@@ -108,27 +122,34 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
         from r1mega.rollout.collector import Collector
 
         data, reward = config.data, config.reward
-        run.prompts = PromptSource(load_prompts(config, data.train, run.tokenizer), config.run.seed, data.shuffle)
+        prompts = load_prompts(config, data.train, run.tokenizer)
+        run.prompts = PromptSource(prompts, config.run.seed, data.shuffle)
         if run.is_resumed:
             restore(config, run.groups, run.policy, run.state, run.prompts, COPIES)
         if data.eval is not None:
             run.held_out = load_prompts(config, data.eval, run.tokenizer)[: data.eval_limit]
         engine, num_speakers, run.publish = engines_of(config, run)
+        run.probe = probe_of(config, run, engine, prompts)
         pool = None
         if engine is not None:
             rule = partial(Rule, {"accuracy": reward.accuracy, "format": reward.format})
             pool = RewardPool(rule, reward.workers, reward.timeout_seconds)
-        decode = partial(run.tokenizer.decode, skip_special_tokens=False)
         run.collector = Collector(
             engine,
             num_speakers,
-            lambda token_ids: response_text(token_ids, decode, run.tokenizer.eos_token_id),
+            run.text_of,
             pool.submit if pool else None,
             run.groups.control,
         )
         try:
+            run.rollouts = rollouts_of(config, run, engine, pool.submit if pool else None)
+            if run.is_resumed:
+                pending = read_pending(Path(config.run.resume_from), with_experts=config.rollout.router_replay)
+                run.rollouts.restore(pending)
             yield run
         finally:
+            if run.rollouts is not None:
+                run.rollouts.close()
             if pool:
                 pool.close()
 
@@ -175,13 +196,6 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"model.tokenizer: got {path}; must hold a Hugging Face tokenizer ({reason}); set model.tokenizer"
         ) from None
-
-
-def response_text(token_ids: list[int], decode, end_token: int | None) -> str:
-    """The text rewards are given: the response without the end-of-sequence token that closed it."""
-    if token_ids and token_ids[-1] == end_token:
-        token_ids = token_ids[:-1]
-    return decode(token_ids)
 
 
 def export(policy: MegatronPolicy, fields: HfFields, config: Config, name: str, *, writes: bool) -> Path:
@@ -241,9 +255,10 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
         policy.trains_trunk_further = config.stage.loop is Loop.sft
         if config.run.resume_from is None:
             _load(policy, fields, config)
-        timer = PhaseTimer(on_phase=log.console.phase, synchronize=_synchronize(groups))
+        memory = PhaseMemory(memory_figures(config, groups))
+        timer = PhaseTimer(lambda phase: (log.console.phase(phase), memory(phase)), _synchronize(groups))
         checkpoints = Checkpoints(config, groups, policy)
-        yield kind(config, layout, groups, fields, policy, load_tokenizer(config), log, timer, checkpoints)
+        yield kind(config, layout, groups, fields, policy, load_tokenizer(config), log, timer, memory, checkpoints)
         checkpoints.finish()
     finally:
         log.close()

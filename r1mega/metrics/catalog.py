@@ -56,7 +56,11 @@ _METRICS = (
     Metric("sync/logprob_gap_max", "log-prob gap, max", "gapmax", _significant),
     Metric("rollout/response_tokens_max", "longest response", "maxlen", _count),
     Metric("moe/load_max", "largest expert load", "load", _fixed(2)),
+    Metric("moe/replay_disagreement", "experts chosen otherwise", "replay", _percent),
     Metric("eval/response_tokens", "held-out tokens", "evallen", _fixed(1)),
+    Metric("sync/probe_gap_max", "publish probe, max", "probe", _significant),
+    Metric("memory/train/rss_after", "trainer's memory, GB", "rss", _fixed(2)),
+    Metric("memory/train/peak", "trainer's peak, GB", "peak", _fixed(2)),
 )
 CATALOG: Mapping[str, Metric] = {metric.name: metric for metric in _METRICS}
 

@@ -7,7 +7,7 @@ Padding stands at the end of a row, where a causal mask already hides it from ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -57,11 +57,14 @@ class PackedSequences(PackedSeqParams):
     owners: torch.Tensor | None = None  # [T / cp]
     num_tokens: torch.Tensor | None = None  # [S], padding left out
     balance_weight: float = 0.0
+    # Decoder layer -> [T / cp, top_k] the experts its tokens go to; -1 where the router chooses. None: it always does.
+    choices: Mapping[int, torch.Tensor] | None = None
 
     def shortened(self) -> PackedSequences:
         """The same pack for a router that shall not count the last token of each sequence.
 
-        The multi-token-prediction layer has no next token to join to it, so its work there is void.
+        The multi-token-prediction layer has no next token to join to it, so its work there is void. That layer's router
+        always chooses: no engine tells of it.
         """
         owners = self.owners
         if self.gathered is not None:
@@ -71,7 +74,10 @@ class PackedSequences(PackedSeqParams):
         is_last = torch.cat([owners[1:] != owners[:-1], owners.new_ones(1, dtype=torch.bool)])
         owners = owners.masked_fill(is_last, -1)
         return replace(
-            self, owners=owners if self.local is None else owners[self.local], num_tokens=self.num_tokens - 1
+            self,
+            owners=owners if self.local is None else owners[self.local],
+            num_tokens=self.num_tokens - 1,
+            choices=None,
         )
 
     @staticmethod

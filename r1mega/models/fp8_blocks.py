@@ -47,16 +47,16 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | No
 
 
 def quantize(weight: torch.Tensor, known_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float8_e4m3fn [out, in], scales fp32 [blocks, blocks]) of a weight [out, in] in bf16 or fp32.
+    """(float8_e4m3fn [out, in], scales fp32 [blocks, blocks]) of a weight [out, in] in bf16 or fp32, on its device.
 
     The scale of a block is its largest absolute value / 448, and 1 where that is zero. Rounding to bf16 loses the last
     bits of a scale; `known_scale`, the scales that the weight once came from, brings them back: a block that they
     represent exactly keeps its own. Raises ValueError where the weight holds NaN or infinity.
     """
     rows, columns = weight.shape
-    out = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(scale_shape((rows, columns)))
-    wide = torch.empty(min(BLOCK, rows), columns)
+    out = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=weight.device)
+    scales = torch.empty(scale_shape((rows, columns)), device=weight.device)
+    wide = torch.empty(min(BLOCK, rows), columns, device=weight.device)
     for block, first in enumerate(range(0, rows, BLOCK)):
         part = weight[first : first + BLOCK]
         values = wide[: part.shape[0]].copy_(part)

@@ -114,6 +114,12 @@ class HfFields:
     def is_moe(self) -> bool:
         return self.family == "deepseek_v3"
 
+    @property
+    def moe_layers(self) -> range:
+        """The decoder layers that have experts; empty for a dense model."""
+        last = self["num_hidden_layers"]
+        return range(self["first_k_dense_replace"] if self.is_moe else last, last)
+
     def shape(self) -> ShapeNumbers:
         """What a parallel layout has to divide."""
         v = self.values

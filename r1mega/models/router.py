@@ -7,7 +7,7 @@ counts for nothing, and the balance loss joins a loss that is already divided.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,20 +19,64 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from r1mega.models.attention import PackedSequences
 
 
+class _GivenChoice:
+    """What Megatron's router asks instead of its own top-k: the experts given, and its own choice where none is."""
+
+    def __init__(self, given_TK: torch.Tensor) -> None:
+        self._given_TK = given_TK.to(torch.int64)
+        self.counts: torch.Tensor | None = None  # [2] tokens with a given choice, of them those the router differs on
+
+    def get_replay_topk(
+        self, scores_TE: torch.Tensor, topk: int, num_groups: int | None, group_topk: int | None, choose: Callable
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scores, experts) [T, K] of each token. The scores stay the router's own, so its gradient flows."""
+        with torch.no_grad():
+            _, own_TK = choose(scores_TE, topk, num_groups=num_groups, group_topk=group_topk)
+            is_given_T1 = self._given_TK[:, :1] >= 0
+            chosen_TK = torch.where(is_given_T1, self._given_TK, own_TK)
+            differs_T = (own_TK.sort(1).values != chosen_TK.sort(1).values).any(1)
+            self.counts = torch.stack([is_given_T1.sum(), differs_T.sum()])
+        return scores_TE.gather(1, chosen_TK), chosen_TK
+
+
 class SequenceRouter(TopKRouter):
     """Top-k routing with fp32 gating, a bias that balances the experts, and the sequence-wise balance loss (Eq. 17-20).
 
-    `packed` describes the sequences whose tokens come next; `SequenceLayer` sets it.
+    `packed` describes the sequences whose tokens come next; `SequenceLayer` sets it. Where it gives the experts of a
+    token ("Rollout Routing Replay", arXiv 2510.11370), only their weights are this router's: its scores of these
+    experts, normalised and scaled as ever. Bias and groups then have no part, the load is counted by the given choice;
+    the balance loss, defined by the affinities' own top-k, stays as it is.
     """
 
     packed: PackedSequences | None = None
+    replayed: torch.Tensor | None = None  # [2] since the last update, see _GivenChoice
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See TopKRouter."""
+        choices = self.packed.choices
+        if choices is None:
+            return super().routing(logits, padding_mask)
+        assert not self.config.moe_router_fusion, "Megatron's fused router leaves a given choice aside"
+        self.router_replay = given = _GivenChoice(self._of_this_rank(choices[self.layer_number - 1]))
+        try:
+            found = super().routing(logits, padding_mask)
+        finally:
+            self.router_replay = None
+        if torch.is_grad_enabled():  # once a micro-batch, also where the layer is computed again
+            self.replayed = given.counts if self.replayed is None else self.replayed + given.counts
+        return found
 
     def _owners(self) -> torch.Tensor:
         """[tokens of this rank] which sequence of the pack each is of; -1 for padding."""
-        owners = self.packed.owners
+        return self._of_this_rank(self.packed.owners)
+
+    def _of_this_rank(self, values: torch.Tensor) -> torch.Tensor:
+        """Of one value a token, those of the tokens that this tensor rank routes."""
         if self.config.sequence_parallel:
-            owners = owners.chunk(self.tp_group.size())[self.tp_group.rank()]
-        return owners
+            values = values.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return values
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Count the tokens of each expert, which the bias is moved by after the update. Padding does not count."""
@@ -95,6 +139,26 @@ def expert_load(chunks: Sequence[torch.nn.Module], group: dist.ProcessGroup) -> 
         "experts_idle": float((tokens_LE == 0).float().mean(1).sum()),
         "expert_layers": float(len(tokens_LE)),
     }
+
+
+@torch.no_grad()
+def replay_agreement(chunks: Sequence[torch.nn.Module], group: dist.ProcessGroup) -> dict[str, float]:
+    """How often the choice given to these models' routers since the last update was not their own. Collective over
+    `group`, the ranks of a pipeline stage.
+
+    `replayed` counts the tokens with a given choice, once a layer, `replayed_otherwise` those of them where the router
+    would have chosen another set of experts.
+    """
+    routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, SequenceRouter)]
+    counts = torch.zeros(2, dtype=torch.int64, device=routers[0].weight.device)
+    for router in routers:
+        if router.replayed is not None:
+            counts += router.replayed
+            router.replayed = None
+    if group.size() > 1:
+        dist.all_reduce(counts, group=group)
+    given, otherwise = counts.tolist()
+    return {"replayed": float(given), "replayed_otherwise": float(otherwise)}
 
 
 class SequenceLayer(TransformerLayer):

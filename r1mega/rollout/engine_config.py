@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.config.checkpoint_files import TOKENIZER_FILES
+from r1mega.models.hf_fields import FP8_CONFIG
 
 # What SGLang's DeepSeek model reads and transformers 5 neither knows nor saves. All four stand in the config.json that
 # DeepSeek released, with these values.
@@ -15,11 +16,11 @@ _DEEPSEEK_V3 = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": 
 _ADDED: dict[str, dict[str, Any]] = {"deepseek_v3": _DEEPSEEK_V3}
 
 
-def write_engine_config(source: Path, out: Path, *, tokenizer: Path | None = None) -> None:
+def write_engine_config(source: Path, out: Path, *, tokenizer: Path | None = None, fp8: bool = False) -> None:
     """Write config.json for SGLang, and copy the tokenizer and generation defaults, from `source` into `out`.
 
-    The tokenizer may come from a directory of its own. What config.json says of quantised files is left out, since
-    weights are published in plain numbers.
+    The tokenizer may come from a directory of its own. What config.json says of quantised files is left out where
+    weights are published in plain numbers; with `fp8` it is what DeepSeek's own says: blocks of 128 x 128.
     No weights: an engine starts without any (`load_format` dummy), or from files that are put beside.
     For a DeepSeek-V3 model it adds, where `source` does not say otherwise:
 
@@ -46,5 +47,7 @@ def write_engine_config(source: Path, out: Path, *, tokenizer: Path | None = Non
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, out / name)
     config.pop("quantization_config", None)
+    if fp8:
+        config["quantization_config"] = FP8_CONFIG
     text = json.dumps(_ADDED.get(model_type, {}) | config, indent=2) + "\n"
     (out / "config.json").write_text(text, "utf-8")

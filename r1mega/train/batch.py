@@ -18,10 +18,15 @@ from r1mega.models.attention import PackedSequences
 
 @dataclass(frozen=True)
 class PackItem:
-    """One sequence to train on or to score: `tokens` is prompt + response, the response its last `num_response`."""
+    """One sequence to train on or to score: `tokens` is prompt + response, the response its last `num_response`.
+
+    `routed_experts` [tokens - 1, MoE layers of this rank's pipeline stage, top_k] are the experts that the tokens go
+    to; the router chooses those of the last token, as nothing is predicted from it. None: the router chooses all.
+    """
 
     tokens: Sequence[int]
     num_response: int
+    routed_experts: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass
@@ -111,11 +116,13 @@ def make_micro_batch(
     device: torch.device,
     length: int = 0,
     balance_weight: float = 0.0,
+    moe_layers: Sequence[int] = (),
 ) -> MicroBatch:
     """Lay the chosen samples end to end, padded to what the cut divides, and to at least `length` positions.
 
     With cp = 1 the padding is a sequence of its own, so no sample sees it. With cp > 1 each sequence is padded at its
     end, where causality hides the padding from its tokens. An empty choice gives a micro-batch of padding only.
+    `moe_layers` are the decoder layers that the items' `routed_experts` are of.
     """
     chosen = [sequences[sample] for sample in samples]
     laid = _Laid()
@@ -140,6 +147,7 @@ def make_micro_batch(
     packed.owners = owners_T
     packed.num_tokens = on_device([len(sequence.tokens) for sequence in chosen])
     packed.balance_weight = balance_weight
+    packed.choices = _choices(chosen, laid, moe_layers, packed.local, device)
     return MicroBatch(
         tokens_1T=tokens_T[None],
         positions_1T=positions_T[None],
@@ -153,6 +161,26 @@ def make_micro_batch(
         samples=tuple(samples),
         num_responses=tuple(sequence.num_response for sequence in chosen),
     )
+
+
+def _choices(
+    chosen: Sequence[PackItem], laid: _Laid, moe_layers: Sequence[int], local: torch.Tensor | None, device: torch.device
+) -> dict[int, torch.Tensor] | None:
+    """The experts to send each of this rank's tokens to, by layer, -1 for the last of a sequence and for padding; None
+    where no sequence says."""
+    told = [item.routed_experts for item in chosen if item.routed_experts is not None]
+    if not told:
+        return None
+    assert len(told) == len(chosen) and told[0].shape[1] == len(moe_layers)
+    whole_TLK = torch.full((len(laid.tokens), *told[0].shape[1:]), -1, dtype=torch.int16)
+    start = 0
+    for routed, length in zip(told, laid.lengths, strict=False):  # padding alone may follow
+        whole_TLK[start : start + len(routed)] = routed
+        start += length
+    whole_TLK = whole_TLK.to(device)
+    if local is not None:
+        whole_TLK = whole_TLK[local]
+    return {layer: whole_TLK[:, i] for i, layer in enumerate(moe_layers)}
 
 
 def _held(

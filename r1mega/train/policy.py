@@ -24,7 +24,7 @@ from r1mega.models.build import build_chunks
 from r1mega.models.hf_config import ModelOptions
 from r1mega.models.hf_fields import HfFields
 from r1mega.models.param_map import Slot
-from r1mega.models.router import expert_load
+from r1mega.models.router import expert_load, replay_agreement
 from r1mega.models.shard import ShardedModel, TensorSource
 from r1mega.parallel.collectives import gather, spread_over, sum_once
 from r1mega.parallel.groups import Groups
@@ -32,6 +32,7 @@ from r1mega.train import checkpoint
 from r1mega.train.batch import Cut, MicroBatch, PackItem, make_micro_batch
 from r1mega.train.offload import Offload
 from r1mega.train.optimizer import AdamSettings, full_gradients, make_optimizer, wrap
+from r1mega.train.routes import moe_layers
 
 # (log-probs [R], entropy [R], micro-batch) -> (loss, sums to report). Names that end in `_max` are reduced by maximum.
 Loss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -57,6 +58,8 @@ class MegatronPolicy:
         self._mtp_weight = 0.0
         self._align = fp8.TOKENS if options.fp8 else 1
         self._expert_load: dict[str, float] = {}
+        self._moe_layers = moe_layers(fields, groups.layout, groups.coordinate.pp)
+        self._replays = False
         self._offload: Offload | None = None
         self._copies: dict[str, list[torch.Tensor]] = {}
         self._forward_backward = get_forward_backward_func()
@@ -80,6 +83,7 @@ class MegatronPolicy:
 
     def save(self, path: Path, *, asynchronous: bool = False) -> AsyncRequest | None:
         """Write weights, optimizer and kept copies into an empty directory; see `train.checkpoint.save`."""
+        self.take_back()
         self.settle()
         return checkpoint.save(self, path, asynchronous=asynchronous)
 
@@ -93,16 +97,24 @@ class MegatronPolicy:
             multiple_of_count=layout.pp if layout.vpp > 1 else 1,  # Megatron's interleaved schedule asks for it
         )
 
-    def logprobs(self, sequences: Sequence[PackItem], plan: Plan) -> list[torch.Tensor]:
-        """Log-probs of each sequence's response tokens, fp32 on the CPU, on every rank."""
+    def logprobs(
+        self, sequences: Sequence[PackItem], plan: Plan, *, temperature: float | None = None
+    ) -> list[torch.Tensor]:
+        """Log-probs of each sequence's response tokens, fp32 on the CPU, on every rank; at the policy's temperature, or
+        at the one given."""
         found: dict[int, torch.Tensor] = {}
+        own = self.temperature
 
         def collect(logprobs_R: torch.Tensor, _entropy_R: torch.Tensor, batch: MicroBatch):
             found.update(zip(batch.samples, logprobs_R.split(batch.num_responses), strict=True))
             return logprobs_R.sum(), {}
 
-        with torch.no_grad():
-            self._run(sequences, plan, collect, forward_only=True)
+        self.temperature = own if temperature is None else temperature
+        try:
+            with torch.no_grad():
+                self._run(sequences, plan, collect, forward_only=True)
+        finally:
+            self.temperature = own
         return self.collect_samples(sequences, found)
 
     def collect_samples(self, sequences: Sequence[PackItem], mine: dict[int, torch.Tensor]) -> list[torch.Tensor]:
@@ -132,6 +144,7 @@ class MegatronPolicy:
         self.optimizer.zero_grad()
         last = self.chunks[-1]
         self._mtp_weight = mtp_weight
+        self._replays = any(sequence.routed_experts is not None for sequence in sequences)
         last.looks_further, last.trains_trunk = mtp_weight > 0, self.trains_trunk_further
         try:
             reports = self._run(sequences, plan, loss, forward_only=False)
@@ -162,24 +175,25 @@ class MegatronPolicy:
                 parameter.full_grad = whole[parameter]
         yield from self.sharded.gather_gradients()
 
-    def hand_over(self) -> int:
-        """Leave the accelerator's memory to the engine: weights, gradients and optimizer state go to host memory.
+    def hand_over(self, *, keeps_weights: bool = False) -> int:
+        """Leave the accelerator's memory to the engine: weights, gradients and optimizer state go to host memory; the
+        weights stay where `keeps_weights` and they are not there yet.
 
         Returns the bytes freed. They come back by themselves when they are needed (`take_back`).
         """
         if self._offload is None:
             self._offload = Offload(self._wrapped, self.optimizer)
-        return self._offload.move_out()
+        return self._offload.move_out(keeps_weights=keeps_weights)
 
-    def take_back(self) -> None:
-        """Bring back what `hand_over` moved."""
+    def take_back(self, *, only_weights: bool = False) -> None:
+        """Bring back what `hand_over` moved, or of it the weights."""
         if self._offload is not None:
-            self._offload.move_back()
+            self._offload.move_back(only_weights=only_weights)
 
     def settle(self) -> None:
         """Have the weights here and up to date before they are read: back from host memory, and gathered where the last
         optimizer step left that to the next forward pass."""
-        self.take_back()
+        self.take_back(only_weights=True)
         if self._adam.overlap_param_gather:
             for wrapped in self._wrapped:
                 wrapped.disable_forward_pre_hook(param_sync=True)
@@ -248,7 +262,7 @@ class MegatronPolicy:
                 parameter.data = data
 
     def _run(self, sequences: Sequence[PackItem], plan: Plan, loss: Loss, *, forward_only: bool) -> list[dict]:
-        self.take_back()
+        self.take_back(only_weights=forward_only)
         layout, at = self.groups.layout, self.groups.coordinate
         samples = plan.chunks[at.dp]
         cut = Cut(layout.tp, layout.cp, at.cp, self.groups.cp, self._align)
@@ -262,6 +276,7 @@ class MegatronPolicy:
                 device=self.groups.device,
                 length=length if layout.vpp > 1 else 0,
                 balance_weight=1.0 / len(sequences),
+                moe_layers=self._moe_layers,
             )
             for chosen in samples
         ]
@@ -319,6 +334,8 @@ class MegatronPolicy:
 
     def _note_expert_load(self) -> None:
         self._expert_load = expert_load(self.chunks, self.groups.stage)
+        if self._replays:
+            self._expert_load |= replay_agreement(self.chunks, self.groups.stage)
 
     def _reduce(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sums and maxima of the reports over micro-batches and the data-parallel ranks of the last stage,

@@ -82,6 +82,10 @@ class ExpectedChecksums:
         """Bytes of what came before its turn."""
         return sum(hashing.held_bytes for hashing in self._hashing)
 
+    def takes(self, name: str) -> bool:
+        """Whether a parameter here has anything of a tensor."""
+        return name in self._takers
+
     def add(self, name: str, tensor: torch.Tensor) -> bool:
         """Take a Hugging Face tensor, whole. False where no parameter here has anything of it.
 

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from r1mega.models.safetensors_file import as_bytes
+
 _WORD = 4
 _TILE = 8192  # words hashed together; SGLang's default, which its checker uses
 # Words worked on at once. On a host what is worked out from them should stay in its cache: measured 200 MiB/s of a
@@ -44,7 +46,7 @@ class CpuHash:
         self._sha = hashlib.sha256()
 
     def update(self, nbytes: torch.Tensor) -> None:
-        self._sha.update(memoryview(nbytes.cpu().numpy()))
+        self._sha.update(as_bytes(nbytes.cpu()))
 
     def hex(self) -> str:
         return self._sha.hexdigest()[:16]

@@ -71,8 +71,9 @@ class IpcPublisher:
     def _note(self, expected: Expectation, parcel: Parcel) -> None:
         engine, rank = self._exchange.plan.receivers.places[parcel.receiver]
         if engine == 0:
-            for name, tensor in parcel.tensors.items():
-                expected.add(name, tensor, rank)
+            for name in parcel.tensors:
+                if expected.wants(name, rank):
+                    expected.add(name, parcel.reported(name), rank)
 
     def _payloads(self, handed: list[Mapping[int, str]]) -> list[list[str]]:
         """[engine][rank]: what each is handed, an empty list where it needs nothing of the bucket."""

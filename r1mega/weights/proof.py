@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -50,17 +50,46 @@ class PublishProof:
         self._params = [engine_params(fields, layout, rank, build) for rank in range(layout.num_ranks)] if share else []
         self._dtype, self._device, self.share = dtype, build.device, share
 
-    def expect(self, version: int, ranks: Sequence[int] | None = None) -> Expectation:
-        """Ready for the tensors of one publish; of these ranks of a server, or of all."""
+    @property
+    def tensors(self) -> set[str]:
+        """Names of all that the parameters are made of."""
+        return {name for params in self._params for param in params for name in param.tensors}
+
+    def expect(self, version: int, ranks: Sequence[int] | None = None, tensors: Set[str] | None = None) -> Expectation:
+        """Ready for the tensors of one publish; of these ranks of a server, or of all.
+
+        With `tensors`, for the parameters that are made of these alone; see `together`.
+        """
         wanted = range(len(self._params)) if ranks is None else ranks if self._params else ()
         return Expectation(
             {
                 rank: ExpectedChecksums(
-                    sampled(self._params[rank], version, self.share), dtype=self._dtype, device=self._device
+                    [
+                        param
+                        for param in sampled(self._params[rank], version, self.share)
+                        if tensors is None or all(name in tensors for name in param.tensors)
+                    ],
+                    dtype=self._dtype,
+                    device=self._device,
                 )
                 for rank in wanted
             }
         )
+
+    def together(self) -> list[tuple[str, ...]]:
+        """Names of the tensors that one parameter of some rank is made of, where it is several."""
+        found = {param.tensors: None for params in self._params for param in params if len(param.tensors) > 1}
+        return list(found)
+
+    def merged(self, parts: Sequence[Mapping[int, Mapping[str, str]]], version: int) -> dict[int, dict[str, str]]:
+        """The checksums of one publish that several ranks hashed. Raises AssertionError where one is missing."""
+        digests: dict[int, dict[str, str]] = {rank: {} for rank in range(len(self._params))}
+        for part in parts:
+            for rank, found in part.items():
+                digests[rank] |= found
+        for rank, params in enumerate(self._params):
+            assert digests[rank].keys() == {param.name for param in sampled(params, version, self.share)}
+        return digests
 
     def faults(self, expected: Mapping[int, Mapping[str, str]], answers: Sequence[Mapping[str, Any]]) -> list[str]:
         """What differs, by server, rank and tensor; empty where nothing does."""
@@ -82,6 +111,10 @@ class Expectation:
 
     def __init__(self, hashing: Mapping[int, ExpectedChecksums]) -> None:
         self._hashing = hashing
+
+    def wants(self, name: str, rank: int | None = None) -> bool:
+        """Whether a tensor counts for some rank, or for this one."""
+        return any(one.takes(name) for number, one in self._hashing.items() if rank is None or number == rank)
 
     def add(self, name: str, tensor: torch.Tensor, rank: int | None = None) -> None:
         """Take a tensor as it is sent, to one rank or to all."""

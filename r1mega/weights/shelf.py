@@ -2,16 +2,20 @@
 
 RUN_DIR/engines/
     model/            config.json and tokenizer as SGLang wants them, no weights
-    addresses.json    URLs of the servers
+    addresses.json    URLs of the servers, and of a router before them
+    processes.json    process ids of the servers, one each
+    trainers-turn     stands there while the servers' memory is the trainer's
     version-000012/   a checkpoint; `newest` links to the last that is whole
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
@@ -23,14 +27,24 @@ class Published:
     path: Path
 
 
+@dataclass(frozen=True)
+class Addresses:
+    """URLs of each server, and of the router that sequences are asked of, where there is one."""
+
+    servers: list[str]
+    router: str | None = None
+
+
 class Shelf:
     """Names within the folder, and which version is the newest. Every method may run while servers read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = folder / "model"
-        self.addresses = folder / "addresses.json"
+        self._addresses = folder / "addresses.json"
         self._newest = folder / "newest"
+        self._processes = folder / "processes.json"
+        self._turn = folder / "trainers-turn"
 
     def prepare(self) -> None:
         """Make the folder, without what a former start of the run left."""
@@ -40,6 +54,36 @@ class Shelf:
     def clear(self) -> None:
         """Remove the folder: what a run has trained stands in its exports and checkpoints."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write_addresses(self, addresses: Addresses) -> None:
+        """Tell the training processes where the servers are; they stay there when they are started again."""
+        self._addresses.write_text(json.dumps(asdict(addresses)), encoding="utf-8")
+
+    def read_addresses(self) -> Addresses:
+        """Where the servers are."""
+        return Addresses(**json.loads(self._addresses.read_text(encoding="utf-8")))
+
+    @property
+    def is_trainers_turn(self) -> bool:
+        """Whether no server may be started now: it would take the memory that trains."""
+        return self._turn.exists()
+
+    def set_turn(self, *, trainers: bool) -> None:
+        """Say whose turn it is."""
+        if trainers:
+            self._turn.touch()
+        else:
+            self._turn.unlink(missing_ok=True)
+
+    def set_processes(self, numbers: Sequence[int]) -> None:
+        """Say which processes the servers are, at once."""
+        beside = self._processes.with_suffix(".next")
+        beside.write_text(json.dumps(list(numbers)), encoding="utf-8")
+        os.replace(beside, self._processes)
+
+    def processes(self) -> list[int]:
+        """Process ids of the servers on the launcher's machine; each is the first of those that it consists of."""
+        return json.loads(self._processes.read_text(encoding="utf-8")) if self._processes.exists() else []
 
     def path(self, version: int) -> Path:
         """The directory of a version."""
@@ -60,10 +104,11 @@ class Shelf:
         link.symlink_to(self.path(version).name)
         os.replace(link, self._newest)
 
-    def drop_others(self, version: int) -> None:
-        """Remove all versions but one, which every server must have loaded."""
+    def drop_others(self, *versions: int) -> None:
+        """Remove all versions but these, one of which every server must have loaded."""
+        kept = [self.path(version) for version in versions]
         for path in self.folder.glob("version-*"):
-            if path != self.path(version):
+            if path not in kept:
                 shutil.rmtree(path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -106,6 +108,18 @@ def test_responses_longer_than_the_model_reads(faults: Callable[..., list[str]])
     assert faults("rollout.max_tokens=5000") == [
         "rollout.max_tokens: got 5000; must be at most max_position_embeddings=4096; "
         "lower it or use a model for longer texts"
+    ]
+
+
+def test_a_dense_model_has_no_experts_to_replay(faults: Callable[..., list[str]], inputs) -> None:
+    overrides = ("rollout=sglang", f"sglang.python={sys.executable}", "rollout.router_replay=true")
+    assert faults(*overrides) == []
+    path = inputs.model / "config.json"
+    config = json.loads(path.read_text()) | {"first_k_dense_replace": 4}
+    path.write_text(json.dumps(config))
+    assert faults(*overrides) == [
+        "rollout.router_replay: got true; a deepseek_v3 model of these layers has no experts to replay the choice of; "
+        "set it to false"
     ]
 
 

@@ -18,9 +18,12 @@ parser.add_argument("--dtype", default="float32")
 parser.add_argument("--chunk-tokens", type=int, default=100)
 parser.add_argument("--local-norm", action="store_true", help="divide by the micro-batch's own count: a known mistake")
 parser.add_argument("--stay", action="store_true", help="move nothing to host memory")
+parser.add_argument("--choices", type=Path, help="experts to replay, as the case `own_choices` saves them")
 parser.add_argument("--engines", nargs="*", help="of a publish, as EngineLayout.parse takes them")
 parser.add_argument("--publish", default="fp32", help="the dtype of a publish")
 parser.add_argument("--bucket-bytes", type=int, default=1 << 20)
+parser.add_argument("--kill", action="store_true", help="an engine, in mid-publish")
+parser.add_argument("--flip", action="store_true", help="one bit of a weight, in mid-publish")
 args = parser.parse_args()
 layout = Layout.parse(args.layout)
 world = groups.initialize(layout, "cpu", seed=0, timeout_minutes=3)
@@ -32,10 +35,13 @@ from r1mega.algo.policy_loss import policy_loss
 from r1mega.models import hf_fields
 from r1mega.models.hf_config import ModelOptions
 from r1mega.models.hf_io import CheckpointReader, CheckpointWriter, RandomWeights
+from r1mega.models.router import SequenceRouter
+from r1mega.train import routes
 from r1mega.train.batch import PackItem
 from r1mega.train.optimizer import AdamSettings
 from r1mega.train.policy import MegatronPolicy
 
+HELD = {"float32": "fp32", "bfloat16": "bf16"}
 fields = hf_fields.read(args.hf)
 policy = MegatronPolicy(
     fields, world, ModelOptions(params_dtype=getattr(torch, args.dtype)), AdamSettings(lr=1e-3, weight_decay=0.0)
@@ -131,7 +137,10 @@ def offload() -> None:
     for _ in range(2):
         policy.forward_backward(items, plan, loss)
         policy.optimizer_step(1e-3)
-        freed.append(0 if args.stay else policy.hand_over())
+        freed.append(0 if args.stay else policy.hand_over(keeps_weights=True) + policy.hand_over())
+        # The weights alone come back for a forward pass, and go again; the rest comes back with the next update.
+        policy.logprobs(items, plan)
+        assert args.stay or policy.hand_over() < freed[-1] / 3
     numel = sum(parameter.numel() for chunk in policy.chunks for parameter in chunk.parameters())
     weights = {name: tensor.clone() for name, tensor in policy.export_hf(wanted=world.rank == 0)}
     save({"freed": freed, "numel": numel, "weights": weights})
@@ -163,18 +172,169 @@ def exchange() -> None:
 
     policy.load(CheckpointReader(args.hf))
     engines = [EngineLayout.parse(text) for text in args.engines]
-    plan = PublishPlan(fields, layout, engines, dtype=args.publish, bucket_bytes=args.bucket_bytes, split_bytes=100)
+    is_fp8 = args.publish == "fp8"
+    moves = HELD[args.dtype] if is_fp8 else args.publish
+    plan = PublishPlan(fields, layout, engines, dtype=moves, bucket_bytes=args.bucket_bytes, split_bytes=100)
+    moving = Exchange(plan, world.rank, layout.world_size, world.device, serves_fp8=is_fp8)
     mine = [
-        (parcel.receiver, bucket, name, tensor.clone())
-        for bucket, parcels in enumerate(
-            Exchange(plan, world.rank, layout.world_size, world.device).buckets(policy.shards())
-        )
+        # torch pickles no FP8 storage.
+        (parcel.receiver, bucket, name, tensor.clone().view(torch.uint8 if tensor.itemsize == 1 else tensor.dtype))
+        for bucket, parcels in enumerate(moving.buckets(policy.shards()))
         for parcel in parcels
         for name, tensor in parcel.tensors.items()
     ]
     save([entry for part in gather(mine, world.control) for entry in part])
 
 
-CASES = (mtp_alone, offload, round_trip, random_weights, grpo, exchange)
-{case.__name__: case for case in CASES}[args.case]()
+class _Recorder:
+    """Stands where a router asks for a choice that is given, and only notes its own."""
+
+    def __init__(self) -> None:
+        self.chosen: list[torch.Tensor] = []
+
+    def get_replay_topk(self, scores, topk, num_groups, group_topk, choose):
+        values, experts = choose(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        self.chosen.append(experts)
+        return values, experts
+
+
+def own_choices() -> None:
+    """The experts that the routers choose for each token but the last of a sequence, all layers on one process."""
+    policy.load(CheckpointReader(args.hf))
+    items, *_ = batch()
+    routers = [module for module in policy.chunks[0].modules() if isinstance(module, SequenceRouter)]
+    for router in routers:
+        router.router_replay = _Recorder()
+    for item in items:
+        policy.logprobs([item], policy.plan([item], 100))
+    layers = [[experts[:-1] for experts in router.router_replay.chosen] for router in routers]
+    save([torch.stack(one, 1).to(torch.uint8) for one in zip(*layers, strict=True)])
+
+
+def replay() -> None:
+    """Log-probs, gradients and reported sums, with the experts of --choices where these are given."""
+    policy.load(CheckpointReader(args.hf))
+    items, *_ = batch()
+    if args.choices:
+        items = routes.deal(items, torch.load(args.choices), fields, world)
+    plan = policy.plan(items, args.chunk_tokens)
+    logprobs = policy.logprobs(items, plan)
+    report = policy.forward_backward(items, plan, lambda logprobs_R, _entropy_R, _micro: (-logprobs_R.sum() / 100, {}))
+    gradients = {name: gradient.clone() for name, gradient in policy.gradients()}
+    tokens = sum(len(item.tokens) - 1 for item in items)
+    save({"logprobs": torch.cat(logprobs), "gradients": gradients, "report": report, "tokens": tokens})
+
+
+def broadcast() -> None:
+    """Three publishes over groups with engine processes: what each rank received, and how often groups were made.
+
+    Before the second one an engine is started again; with --kill, one dies in the middle of the first; with --flip, one
+    bit of it is another one.
+    """
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from engine_ranks import EngineProcesses
+
+    from r1mega.weights.engine_layout import EngineLayout
+    from r1mega.weights.process_group import GroupPublisher, exchange_for
+    from r1mega.weights.proof import PublishProof, build_of
+
+    policy.load(CheckpointReader(args.hf))
+    engines = [EngineLayout.parse(text) for text in args.engines]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.publish]
+    proof = PublishProof(fields, engines[0], build_of("cpu", ()), dtype, 1.0)
+    servers = EngineProcesses(fields, engines, dtype, args.out.parent) if world.rank == 0 else None
+    publisher = GroupPublisher(
+        exchange_for(fields, layout, world.rank, world.device, dtype=args.publish, bucket_bytes=args.bucket_bytes),
+        servers,
+        proof,
+        world.control,
+        num_ranks=[engine.num_ranks for engine in engines],
+        backend="gloo",
+        seconds=60,
+    )
+    if servers is not None and args.kill:
+        servers.die_at(len(engines) - 1, update=3)
+    if servers is not None and args.flip:
+        servers.flip_at(0, update=3)
+    publisher.publish(policy, 1)
+    if servers is not None and not (args.kill or args.flip):
+        servers.restart(0)
+    publisher.publish(policy, 2)
+    publisher.publish(policy, 3)
+    if servers is not None:
+        save({"joins": servers.joins, "updates": servers.updates, "received": servers.received()})
+        servers.end()
+
+
+def spread_plan(together=()):
+    from r1mega.weights.write_plan import WritePlan
+
+    return WritePlan(
+        fields, layout, serves=args.publish, held=HELD[args.dtype], together=together,
+        turn_bytes=args.bucket_bytes, file_bytes=1 << 18,
+    )  # fmt: skip
+
+
+def spread() -> None:
+    """A checkpoint that all ranks write, its digests, and what all hear when the last rank's disk is full."""
+    import errno
+    import os
+
+    from r1mega.parallel.collectives import gather
+    from r1mega.weights import spread
+    from r1mega.weights.engine_layout import EngineLayout
+    from r1mega.weights.proof import PublishProof, build_of
+
+    policy.load(CheckpointReader(args.hf))
+    (engine,) = [EngineLayout.parse(text) for text in args.engines]
+    served = torch.float32 if args.publish == "fp32" else torch.bfloat16
+    proof = PublishProof(fields, engine, build_of("cpu", ()), served, 1.0)
+    writer = spread.SpreadWriter(spread_plan(proof.together()), world.rank, world.device, args.hf, world.control)
+    for _ in range(2):  # what is kept from one to the next is used again
+        expected = proof.expect(0, tensors=writer.plan.tensors_of(world.rank))
+        writer.write(policy.shards(), args.out, expected)
+    digests = proof.merged(gather(expected.results(), world.control), 0)
+    real = spread.write_bytes
+
+    def full(path: Path, *rest: object) -> None:
+        if world.rank == layout.world_size - 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(path, *rest)
+
+    spread.write_bytes = full
+    heard = ""
+    try:
+        writer.write(policy.shards(), args.out.with_name("other"))
+    except spread.WriteError as error:
+        heard = str(error)
+    spread.write_bytes = real
+    heard_by = gather(heard, world.control)
+    writer.write(policy.shards(), args.out)  # and again, once there is room
+    if world.rank == 0:
+        torch.save({"digests": digests, "heard": heard_by, "turns": len(writer.plan.turns)}, args.out / "found")
+
+
+def recovery() -> None:
+    """Two copies in a row, the parameters changing as soon as each was taken."""
+    from r1mega.weights.recovery import RecoveryCopy
+    from r1mega.weights.shelf import Shelf
+    from r1mega.weights.spread import SpreadWriter
+
+    place = Shelf(args.out)
+    writer = SpreadWriter(spread_plan(), world.rank, world.device, args.hf, world.control, snapshot=True)
+    copy = RecoveryCopy(place, writer, world.control)
+    for version in (3, 4, 5):
+        policy.load(CheckpointReader(args.hf))
+        copy.keep(policy, version)
+        for _, _, parameter in policy.shards():
+            parameter.detach().fill_(float("nan"))
+    copy.settle()
+    assert world.rank > 0 or place.newest().version == 5
+
+
+RL = (mtp_alone, offload, grpo, own_choices, replay)
+WEIGHTS = (round_trip, random_weights, exchange, broadcast, spread, recovery)
+{case.__name__: case for case in (*RL, *WEIGHTS)}[args.case]()
 groups.shutdown()

@@ -90,7 +90,7 @@ def metrics_of(run_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl less what a clock says."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [
-        {name: value for name, value in json.loads(line).items() if not name.startswith(("time", "perf/"))}
+        {name: value for name, value in json.loads(line).items() if not name.startswith(("time", "perf/", "memory/"))}
         for line in lines
     ]
 

@@ -57,6 +57,13 @@ def test_two_rounds_of_rl(checkpoint, questions, tmp_path, family, layout):
     # In every round the engine generates with the trainer's weights, although each update moved them by 1%.
     assert len(gaps) == 2
     assert max(gaps) <= 1e-4
+    rounds = [record for record in metrics_of(run_dir) if "time/rollout" in record]
+    assert all(0 < record["sync/probe_gap_max"] <= 1e-4 for record in rounds)
+    phases = [name.removeprefix("time/") for name in rounds[-1] if name.startswith("time/")]
+    assert {"rollout", "inference", "train", "publish"} <= set(phases)
+    assert all(rounds[-1][f"memory/{phase}/rss_{when}"] > 0.05 for phase in phases for when in ("before", "after")), (
+        rounds[-1]
+    )
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     assert {sample["weight_version"] for sample in samples if sample["split"] == "train"} == {0, 2}
     assert (run_dir / "curves.png").stat().st_size > 10_000
@@ -91,9 +98,17 @@ def test_the_layer_that_predicts_further(checkpoint, questions, tmp_path, mtp):
     assert moved == (set(own) if mtp == "train" else set())
 
 
-@pytest.mark.parametrize("updates_per_round", [1, 2])
-def test_a_skipped_publish_is_caught(checkpoint, questions, tmp_path, updates_per_round):
-    """Publish everything but the second time, and let the version lie: the engine's log-probs give it away."""
+@pytest.mark.parametrize(
+    ("updates_per_round", "probe_sequences", "words"),
+    [
+        (1, 4, ("weights 1 did not arrive, published twice:", "engine of rank 0: its log-probs of the probe differ")),
+        (1, 0, ("rollout.probe: ", "weight version 1")),
+        (2, 0, ("rollout.probe: ", "weight version 2")),
+    ],
+)
+def test_a_skipped_publish_is_caught(checkpoint, questions, tmp_path, updates_per_round, probe_sequences, words):
+    """Publish everything but the second time, and let the version lie: the engine's log-probs give it away, by the
+    probe of the publish or, without it, by the samples of the next round."""
     program = tmp_path / "skipping.py"
     program.write_text(
         "from r1mega.weights import memory\n"
@@ -113,7 +128,8 @@ def test_a_skipped_publish_is_caught(checkpoint, questions, tmp_path, updates_pe
 
     run_dir = tmp_path / "run"
     overrides = rl_overrides(checkpoint("qwen2"), questions, run_dir)
-    composed = train(*overrides, f"algo.updates_per_round={updates_per_round}", "--cfg", "job", "--resolve")
+    overrides += [f"algo.updates_per_round={updates_per_round}", f"rollout.probe_sequences={probe_sequences}"]
+    composed = train(*overrides, "--cfg", "job", "--resolve")
     assert composed.returncode == 0, composed.stderr
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(composed.stdout)
@@ -122,8 +138,7 @@ def test_a_skipped_publish_is_caught(checkpoint, questions, tmp_path, updates_pe
         log_dir=run_dir / "logs", env=worker_env("cpu", 1),
     )  # fmt: skip
     assert result.exit_code == 1
-    assert "rollout.probe" in result.message
-    assert f"weight version {updates_per_round}" in result.message
+    assert all(part in result.message for part in words), result.message
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen2", "llama"])

@@ -11,12 +11,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from r1mega.config import choices, schema
-from r1mega.launch.engines import EngineFleet, EngineProcess, fleet_of
+from r1mega.launch.engine_process import EngineProcess
+from r1mega.launch.engines import EngineFleet, fleet_of
+from r1mega.models import hf_fields
+from r1mega.models.hf_fields import HfFields
+from r1mega.models.tables import slots_of
+from r1mega.parallel.layout import Layout
 from r1mega.rollout.sglang import SglangEngines
+from r1mega.weights.disk import DiskPublisher
+from r1mega.weights.engine_layout import EngineLayout
+from r1mega.weights.proof import PublishProof, build_of
 from r1mega.weights.shelf import Shelf, folder_of
+from r1mega.weights.spread import SpreadWriter
+from r1mega.weights.write_plan import WritePlan
 
 
 class Servers:
@@ -27,7 +39,7 @@ class Servers:
         self.log_dir = Path(config.run.dir) / "logs"
         self.log_dir.mkdir(parents=True)
         self.fleet: EngineFleet = fleet_of(config, self.log_dir)
-        self.place = Shelf(folder_of(config.run.dir, None))
+        self.place = Shelf(folder_of(config.run.dir, config.sglang.weights_dir))
         self.fault: str | None = None
         self._done = threading.Event()
         # The servers are children of this thread: they would end with it.
@@ -37,7 +49,10 @@ class Servers:
     def engines(self) -> list[EngineProcess]:
         return self.fleet.engines
 
-    def client(self, **options) -> SglangEngines:
+    def client(self, *, through_router: bool = False, **options) -> SglangEngines:
+        if through_router:
+            assert self.fleet.router is not None, "set sglang__router"
+            options["router_url"] = self.fleet.router.url
         options = {"max_in_flight": 64, "patience_seconds": 200.0} | options
         return SglangEngines([engine.url for engine in self.engines], **options)
 
@@ -62,6 +77,11 @@ def schedulers(engine: EngineProcess) -> list[psutil.Process]:
     assert engine.process is not None
     children = psutil.Process(engine.process.pid).children(recursive=True)
     return [child for child in children if "scheduler" in "".join(child.cmdline()) + child.name()]
+
+
+def served(engine: EngineProcess) -> int:
+    """Sequences asked of a server so far, its former starts included."""
+    return engine.log.read_bytes().count(b'"POST /generate HTTP')
 
 
 def kill(engine: EngineProcess, number: int = signal.SIGKILL) -> None:
@@ -93,7 +113,24 @@ def servers(checkpoint: Path, run_dir: Path, python: Path, **options) -> Iterato
         made.stop()
 
 
+def disk_publisher(
+    fleet: Servers, client: SglangEngines, fields: HfFields, layout: EngineLayout, group: dist.ProcessGroup, share=1.0
+) -> DiskPublisher:
+    """What publishes in fp32 from a trainer of one process."""
+    proof = PublishProof(fields, layout, build_of("cpu", ()), torch.float32, share)
+    plan = WritePlan(fields, Layout.parse("1"), serves="fp32", held="fp32", together=proof.together())
+    writer = SpreadWriter(plan, 0, torch.device("cpu"), fleet.place.model, group)
+    return DiskPublisher(fleet.place, client, writer, proof, group)
+
+
 def exporting(checkpoint: Path):
     """The weights of a trainer that holds a checkpoint's tensors."""
     tensors = load_file(checkpoint / "model.safetensors")
-    return SimpleNamespace(export_hf=lambda *, wanted: iter(tensors.items() if wanted else ()))
+    shards = [
+        (slot, 0, slot.op.to_megatron([tensors[tensor.name] for tensor in slot.tensors], 0, 1))
+        for slot in slots_of(hf_fields.read(checkpoint))
+        if not slot.is_copy
+    ]
+    return SimpleNamespace(
+        export_hf=lambda *, wanted: iter(tensors.items() if wanted else ()), shards=lambda: list(shards)
+    )

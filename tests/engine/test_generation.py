@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from r1mega.models.expert_choices import ExpertChoices
 from r1mega.models.hf_fields import read
+from r1mega.rollout.client import answer_of
 from r1mega.rollout.embedded import EmbeddedEngine
+from r1mega.rollout.server import ServerOptions
 from r1mega.weights.checksums import ExpectedChecksums, compare, reported_by_rank
 from r1mega.weights.engine_layout import EngineLayout
 from r1mega.weights.engine_params import EngineBuild, engine_params
@@ -22,14 +25,23 @@ pytestmark = pytest.mark.timeout(600)  # more than a server's start may take
 # Both compute in fp32 and sum in other orders: measured up to 3e-6. A wrong weight shows as 0.1 and more.
 TOLERANCE = 1e-4
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TELLING = ServerOptions(routed_experts=True)
 CASES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2"},
     "llama": {"family": "llama"},
-    "deepseek_v3": {"family": "deepseek_v3"},
+    "deepseek_v3": {"family": "deepseek_v3", "server": {"options": TELLING}},
     "deepseek_v3-plain_rope-tp2-ep2": {
         "family": "deepseek_v3",
         "rope_parameters": PLAIN_ROPE,
-        "server": {"tp": 2, "ep": 2},
+        "server": {"tp": 2, "ep": 2, "options": TELLING},
+    },
+}
+# Data-parallel attention, whose ranks note their experts in one buffer, each in rows of its own.
+EXTENDED = {
+    "deepseek_v3-plain_rope-tp2-attn_dp2": {
+        "family": "deepseek_v3",
+        "rope_parameters": PLAIN_ROPE,
+        "server": {"tp": 2, "attn_dp": 2, "options": TELLING},
     },
 }
 # Of several lengths, two of them with a common beginning, which the engine keeps from one for the other.
@@ -48,22 +60,23 @@ class Case:
     def __init__(self, server: Any, start: Path, later: Path, layout: EngineLayout) -> None:
         self.server, self.start, self.later, self.layout = server, start, later, layout
 
-    def generate(self, temperature: float) -> list[dict[str, Any]]:
+    def generate(self, temperature: float, **options: Any) -> list[dict[str, Any]]:
         params = {"temperature": temperature, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
-        return self.server.post("/generate", input_ids=PROMPTS, sampling_params=params, return_logprob=True)
+        return self.server.post("/generate", input_ids=PROMPTS, sampling_params=params, return_logprob=True, **options)
 
     def load(self, directory: Path, version: str) -> None:
         answer = self.server.post("/update_weights_from_disk", model_path=str(directory), weight_version=version)
         assert answer["success"], answer
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(scope="module", params=[*CASES, *(pytest.param(name, marks=pytest.mark.extended) for name in EXTENDED)])
 def case(request: pytest.FixtureRequest, model_dir: Callable[..., Path], serve: Callable[..., Any]) -> Iterator[Case]:
-    options = dict(CASES[request.param])
+    options = dict((CASES | EXTENDED)[request.param])
     flags = options.pop("server", {})
     start, later = (model_dir(**options, seed=seed) for seed in (0, 1))
     with serve(start, weight_version="first", **flags) as server:
-        yield Case(server, start, later, EngineLayout(**flags))
+        sizes = {axis: size for axis, size in flags.items() if axis != "options"}
+        yield Case(server, start, later, EngineLayout(**sizes))
 
 
 def greedy(directory: Path) -> list[list[int]]:
@@ -115,6 +128,39 @@ def test_weights_read_later(case: Case, record_property: Callable[[str, object],
 def test_the_comparison_sees_other_weights(case: Case) -> None:
     case.load(case.later, "other")
     assert largest_difference(case.start, case.generate(temperature=1)) > 0.1
+
+
+def chosen_by_transformers(directory: Path, tokens: list[int]) -> torch.Tensor:
+    """[tokens - 1, MoE layers, top_k] experts of each token but the last."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    chosen: list[torch.Tensor] = []
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.register_forward_hook(lambda _module, _inputs, outputs: chosen.append(outputs[2]))
+    with torch.no_grad():
+        model(torch.tensor([tokens[:-1]]))
+    return torch.stack(chosen, 1)
+
+
+def test_the_experts_told_are_those_of_transformers(case: Case, record_property: Callable[[str, object], None]) -> None:
+    """Of every token, those included that the server had in its cache."""
+    fields = read(case.start)
+    if not fields.is_moe:
+        pytest.skip("a model without experts")
+    case.load(case.start, "first")
+    case.generate(temperature=1)  # not asked for, and yet to be known of what stays in the cache
+    answers = case.generate(temperature=1, return_routed_experts=True)
+    assert max(answer["meta_info"]["cached_tokens"] for answer in answers) > 50
+    total = differs = late = 0
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        told = answer_of(answer, len(prompt), ExpertChoices.of(fields)).routed_experts.sort(-1).values
+        own = chosen_by_transformers(case.start, [*prompt, *answer["output_ids"]]).sort(-1).values
+        total += told.shape[0] * told.shape[1]
+        differs += int((told != own).any(-1).sum())
+        late += int((told[1:] != own[:-1]).any(-1).sum())
+    record_property("experts chosen otherwise, of", f"{differs}, {total}")
+    assert total > 800 and differs <= 0.005 * total  # where two score alike, rounding picks either
+    assert late > 0.5 * total  # negative control: of the token before
 
 
 def test_checksums_are_those_expected(case: Case, record_property: Callable[[str, object], None]) -> None:

@@ -41,7 +41,13 @@ def found(nursery, tmp_path_factory):
 @pytest.mark.parametrize(
     ("family", "num_cells", "num_refused"),
     # Two key and value heads cannot be cut over four ranks.
-    [("deepseek_v3", 17, 0), ("deepseek_v3_mtp", 28, 0), ("qwen2", 15, 1), ("llama", 15, 1)],
+    [
+        ("deepseek_v3", 17, 0),
+        ("deepseek_v3_mtp", 28, 0),
+        ("deepseek_v3_replay", 4, 0),
+        ("qwen2", 15, 1),
+        ("llama", 15, 1),
+    ],
 )
 def test_every_layout_gives_the_same_numbers(found, family, num_cells, num_refused):
     mine = [cell for cell in found[1] if cell["family"] == family and not cell["options"]]
@@ -92,6 +98,14 @@ def test_known_mistakes_turn_cells_red(broken, mistake, family, worst):
     assert worst in cell["worst_tensor"]
     # These faults are of the backward pass; the table's shows in the log-probs as well.
     assert (cell["max_abs_diff"] > 1e-2) == (mistake == "gate_up")
+
+
+def test_experts_replayed_a_token_late_turn_a_cell_red(tmp_path):
+    out = tmp_path / "cells.json"
+    result = matrix("--break", "late_choice", "--families", "deepseek_v3_replay", "--layouts", "1", "--json", out)
+    assert result.returncode == 1, result.stdout + result.stderr
+    (cell,) = json.loads(out.read_text())
+    assert cell["max_abs_diff"] > 1e-2 and cell["max_rel_grad_diff"] > 0.1
 
 
 @pytest.mark.parametrize("mistake", ["expert_reduction", "down_projection"])

@@ -1,7 +1,7 @@
 """Known mistakes, made on purpose: a comparison that does not notice them says nothing.
 
 `layernorm_reduction`, `expert_reduction` and `down_projection` are faults of Megatron-Core 0.16.1 that r1mega mends, or
-reductions it relies on; `gate_up` is a wrong row of the parameter table.
+reductions it relies on; `gate_up` is a wrong row of the parameter table; `late_choice` replays experts a token late.
 """
 
 from __future__ import annotations
@@ -85,7 +85,21 @@ def _down_projection() -> list:
     ]
 
 
+def _late_choice() -> list:
+    """Send each token to the experts of the token before it."""
+    from r1mega.train import routes
+
+    original = routes.deal
+
+    def late(items, choices, *arguments, **options):
+        return original(items, [choice.roll(1, 0) for choice in choices], *arguments, **options)
+
+    routes.deal = late
+    return [(routes, "deal", original)]
+
+
 _BREAKS = {
+    "late_choice": _late_choice,
     "gate_up": _gate_up,
     "layernorm_reduction": _layernorm_reduction,
     "expert_reduction": _expert_reduction,

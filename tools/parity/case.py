@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,8 @@ class Case:
     Args:
         balance_coef: alpha of the sequence-wise balance loss (V3, Eq. 17).
         bias_update_rate: step of the gate bias after each update (V3: gamma).
+        choices: of each sequence the experts its tokens are sent to, [tokens - 1, MoE layers, top_k]; None: the routers
+            choose.
         mtp_weight: weight of the cross-entropy two tokens ahead, where the checkpoint has the layer for it.
         updates: Adam steps taken after the comparison of gradients.
     """
@@ -21,6 +27,7 @@ class Case:
     weights: list[list[float]]
     balance_coef: float = 0.0
     bias_update_rate: float = 0.0
+    choices: list[Tensor] | None = None
     mtp_weight: float = 0.0
     updates: int = 0
     lr: float = 1e-3
@@ -38,3 +45,14 @@ def random_case(vocab_size: int, *, num_sequences: int = 6, max_length: int = 48
         sequences.append(([rng.randrange(vocab_size) for _ in range(length)], response))
         weights.append([rng.uniform(-1, 1) for _ in range(response)])
     return Case(sequences, weights, **options)
+
+
+def random_choices(case: Case, *, num_layers: int, num_experts: int, top_k: int, seed: int = 0) -> list[Tensor]:
+    """Experts drawn without regard to any router, also from more groups than a router would take."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.rand((len(tokens) - 1, num_layers, num_experts), generator=generator).topk(top_k).indices.to(torch.uint8)
+        for tokens, _ in case.sequences
+    ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from parity.case import Case, random_case
+from parity.case import Case, random_case, random_choices
 
 # Another order of fp32 sums and other kernels; measured differences are some 1e-6. Adam divides by the root of the
 # squared gradient, so where a gradient is near zero its rounding moves a weight by up to the learning rate.
@@ -18,7 +19,7 @@ MAX_WEIGHT_DIFF = 1e-3
 BF16_SLACK = {"max_abs_diff": 0.1, "max_rel_grad_diff": 0.1, "max_rel_weight_diff": 0.01}
 MAX_BIAS_DIFF = 1e-6  # a bias moves by whole steps: a token counted wrongly would show as at least one
 
-FAMILIES = ("deepseek_v3", "deepseek_v3_mtp", "qwen2", "llama")
+FAMILIES = ("deepseek_v3", "deepseek_v3_mtp", "deepseek_v3_replay", "qwen2", "llama")
 LAYOUTS = (
     "1", "tp=2", "tp=4", "pp=2", "pp=4", "pp=2,vpp=2", "pp=2,stages=1+3", "pp=2,vpp=2,stages=2+1+1+0", "dp=2",
     "cp=2", "cp=4", "tp=2,pp=2", "tp=2,cp=2", "cp=2,pp=2", "tp=2,dp=2", "pp=2,dp=2", "ep=2,dp=2", "ep=4,dp=4",
@@ -31,8 +32,11 @@ MOE_LAYOUTS = (
     "1", "tp=2", "tp=4", "pp=2", "pp=4", "pp=2,vpp=2", "pp=2,stages=1+3", "cp=2", "tp=2,pp=2", "ep=2,dp=2", "ep=4,dp=4",
     "tp=2,etp=2", "cp=2,ep=2", "tp=2,ep=2,etp=2,dp=2", "pp=2,ep=2,dp=2", "tp=2,pp=2,ep=2", "tp=2,cp=2,ep=2",
 )  # fmt: skip
+# Experts drawn at random and replayed, as of an engine whose routers have nothing to do with the trainer's.
+REPLAY_LAYOUTS = ("1", "tp=2,pp=2,ep=2", "cp=2", "pp=2,vpp=2,stages=2+1+1+0")
 _LAYOUTS_OF = {
-    "deepseek_v3": MOE_LAYOUTS, "deepseek_v3_mtp": LAYOUTS, "qwen2": DENSE_LAYOUTS, "llama": DENSE_LAYOUTS,
+    "deepseek_v3": MOE_LAYOUTS, "deepseek_v3_mtp": LAYOUTS, "deepseek_v3_replay": REPLAY_LAYOUTS,
+    "qwen2": DENSE_LAYOUTS, "llama": DENSE_LAYOUTS,
 }  # fmt: skip
 LEVERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("deepseek_v3_mtp", "tp=2,pp=2,ep=2", {"recompute": "full", "recompute_num_layers": 1}),
@@ -40,6 +44,7 @@ LEVERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("deepseek_v3", "tp=2,ep=2", {"recompute": "selective", "recompute_modules": ("core_attn", "shared_experts")}),
     ("deepseek_v3_mtp", "pp=2,vpp=2", {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),
     ("qwen2", "tp=2,cp=2", {"recompute": "selective", "recompute_modules": ("core_attn",)}),
+    ("deepseek_v3_replay", "tp=2", {"recompute": "full", "recompute_num_layers": 1}),
     ("llama", "tp=2,pp=2", {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),
     ("llama", "pp=2", {"recompute": "full", "recompute_num_layers": 2}),
     ("deepseek_v3", "tp=2,dp=2", {"overlap_grad_reduce": True}),
@@ -82,7 +87,7 @@ def prepare(work: Path, families: tuple[str, ...]) -> dict[str, Any]:
     shapes = {}
     for family in families:
         path = work / family
-        write_checkpoint(path, family.removesuffix("_mtp"), mtp=family.endswith("_mtp"))
+        write_checkpoint(path, family.removesuffix("_mtp").removesuffix("_replay"), mtp=family.endswith("_mtp"))
         torch.save(reference.answer(path, case_of(path, {"family": family})), work / reference_name({"family": family}))
         shapes[family] = hf_fields.read(path).shape()
     return shapes
@@ -90,15 +95,24 @@ def prepare(work: Path, families: tuple[str, ...]) -> dict[str, Any]:
 
 def case_of(path: Path, cell: dict) -> Case:
     """The case of a cell: all that a MoE model's loss can hold is in it."""
-    vocab_size = json.loads((path / "config.json").read_text())["vocab_size"]
+    config = json.loads((path / "config.json").read_text())
     is_moe = cell["family"].startswith("deepseek")
-    return random_case(
-        vocab_size,
+    case = random_case(
+        config["vocab_size"],
         balance_coef=0.05 if is_moe else 0.0,
         bias_update_rate=0.001 if is_moe else 0.0,
         mtp_weight=0.3 if cell["family"].endswith("_mtp") else 0.0,
         updates=5,
     )
+    if not cell["family"].endswith("_replay"):
+        return case
+    choices = random_choices(
+        case,
+        num_layers=config["num_hidden_layers"] - config["first_k_dense_replace"],
+        num_experts=config["n_routed_experts"],
+        top_k=config["num_experts_per_tok"],
+    )
+    return replace(case, choices=choices)
 
 
 def reference_name(cell: dict) -> str:

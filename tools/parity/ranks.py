@@ -12,6 +12,7 @@ from r1mega.models import hf_fields
 from r1mega.models.hf_config import ModelOptions
 from r1mega.models.hf_io import CheckpointReader
 from r1mega.parallel.groups import Groups
+from r1mega.train import routes
 from r1mega.train.batch import MicroBatch, PackItem
 from r1mega.train.optimizer import AdamSettings
 from r1mega.train.policy import MegatronPolicy
@@ -36,6 +37,8 @@ def answer(policy: MegatronPolicy, path: Path, case: Case, *, chunk_tokens: int)
     """What `reference.answer` gives, of Megatron. Every rank calls it; all get the same."""
     policy.load(CheckpointReader(path))
     items = [PackItem(tokens, response) for tokens, response in case.sequences]
+    if case.choices is not None:
+        items = routes.deal(items, case.choices, policy.fields, policy.groups, piece_bytes=1 << 9)
     plan = policy.plan(items, chunk_tokens)
 
     def weighted_sum(logprobs_R: Tensor, _entropy_R: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -61,6 +61,17 @@ class _Gate:
     module: torch.nn.Module
     affinities_TE: list[Tensor] = field(default_factory=list)
     tokens_E: Tensor | None = None
+    given_TK: Tensor | None = None  # the experts of all tokens but the last
+
+    def replay(self, _module, _inputs, outputs) -> tuple[Tensor, Tensor, Tensor] | None:
+        """DeepSeek-V3's Eq. 12-13 for the experts given: their affinities, normalised among themselves and scaled."""
+        if self.given_TK is None:
+            return None
+        logits_TE, _, own_TK = outputs
+        chosen_TK = torch.cat([self.given_TK.long(), own_TK[-1:]])
+        affinity_TK = logits_TE.sigmoid().gather(1, chosen_TK)
+        weight_TK = affinity_TK / affinity_TK.sum(1, keepdim=True) * self.module.routed_scaling_factor
+        return logits_TE, weight_TK, chosen_TK
 
     def see(self, _module, _inputs, outputs) -> None:
         logits_TE, _, chosen_TK = outputs
@@ -83,6 +94,7 @@ def answer(path: Path, case: Case) -> dict:
     for name, module in reference.modules():
         if hasattr(module, "e_score_correction_bias"):
             gates[name] = _Gate(module)
+            module.register_forward_hook(gates[name].replay)  # the next one sees what it makes of the outputs
             module.register_forward_hook(gates[name].see)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=case.lr, betas=case.betas, eps=1e-8, weight_decay=0.0)
     found: dict = {}
@@ -104,7 +116,10 @@ def answer(path: Path, case: Case) -> dict:
 def _backward(reference, case: Case, gates: dict[str, _Gate]) -> list[Tensor]:
     """Accumulate the gradient of the case's loss; returns the response tokens' log-probs."""
     logprobs = []
-    for (tokens, response), weight in zip(case.sequences, case.weights, strict=True):
+    for at, ((tokens, response), weight) in enumerate(zip(case.sequences, case.weights, strict=True)):
+        if case.choices is not None:
+            for layer, gate in enumerate(gates.values()):
+                gate.given_TK = case.choices[at][:, layer]
         logprobs.append(reference.main_logprobs(tokens)[-response:])
         loss = (logprobs[-1] * torch.tensor(weight)).sum()
         if case.balance_coef:

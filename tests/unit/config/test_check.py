@@ -51,6 +51,7 @@ SERVERS = {
     "rollout__engines": 3,  # more than there are training processes
     "sglang__python": sys.executable,
 }
+FAR = SERVERS | {"sglang__hosts": ["a", "b", "c"], "sglang__remote": "env X={host}", "sglang__weights_dir": "/dev/shm"}
 SFT = {"stage__loop": choices.Loop.sft, "data__format": choices.DataFormat.sft}
 
 
@@ -58,6 +59,8 @@ def test_a_good_configuration_has_no_fault(good: Config) -> None:
     assert check(good) == []
     assert messages(good, **SFT) == []
     assert messages(good, **SERVERS) == []
+    assert messages(good, **SERVERS, sglang__router=True) == []
+    assert messages(good, **FAR) == []
     assert messages(good, **SFT, **SERVERS | {"sglang__python": "/none/python"}) == []  # nothing is generated
 
 
@@ -121,6 +124,21 @@ def test_all_faults_are_reported_together(good: Config) -> None:
         ),
         (
             {
+                **SERVERS,
+                "memory__recompute": choices.Recompute.selective,
+                "memory__recompute_modules": ["moe"],
+                "rollout__router_replay": True,
+            },
+            "memory.recompute_modules: got moe; the router replays by token, which it cannot while its module is "
+            "recomputed alone; recompute whole layers (memory.recompute=full), or set rollout.router_replay=false",
+        ),
+        (
+            {"rollout__router_replay": True},
+            "rollout.router_replay: got true; the embedded engine does not tell which experts it chose; "
+            "use rollout=sglang, or set it to false",
+        ),
+        (
+            {
                 "memory__recompute": choices.Recompute.full,
                 "memory__recompute_num_layers": 2,
                 "model__mtp": choices.Mtp.train,
@@ -146,6 +164,107 @@ def test_all_faults_are_reported_together(good: Config) -> None:
             SERVERS | {"sglang__transport": choices.Transport.ipc, "device__type": choices.DeviceType.cuda},
             "sglang.transport: got ipc; servers of 3 processes in all cannot be paired with 1 training ones; "
             "change rollout.engines or sglang.tp, or use disk",
+        ),
+        (
+            SERVERS | {"sglang__tp": 2, "sglang__nodes_per_engine": 4},
+            "sglang.nodes_per_engine: got 4; must divide sglang.tp=2; change one of them",
+        ),
+        (
+            SERVERS | {"sglang__tp": 2, "sglang__nodes_per_engine": 2, "sglang__transport": choices.Transport.ipc},
+            "sglang.transport: got ipc; handles of memory go to processes of the same machine; use disk, or neither "
+            "sglang.hosts nor nodes_per_engine",
+        ),
+        (
+            FAR | {"sglang__tp": 2, "sglang__nodes_per_engine": 2},
+            "sglang.hosts: got 3 of them; must be one for each of rollout.engines x sglang.nodes_per_engine = 6 "
+            "processes; name as many",
+        ),
+        (
+            FAR | {"sglang__remote": None},
+            "sglang.remote: got None; must say how a command is started on one of sglang.hosts, with {host} in it; "
+            "such as `ssh {host}`",
+        ),
+        (
+            FAR | {"sglang__remote": "ssh a"},
+            "sglang.remote: got ssh a; must say how a command is started on one of sglang.hosts, with {host} in it; "
+            "such as `ssh {host}`",
+        ),
+        (
+            FAR | {"sglang__remote": "no-such-program {host}"},
+            "sglang.remote: got no-such-program; is no program of this machine; install it or name another",
+        ),
+        *(
+            (
+                FAR | {"sglang__weights_dir": folder},
+                f"sglang.weights_dir: got {folder}; must be a folder that all sglang.hosts see, absolute and without "
+                "blanks; name one on a shared file system",
+            )
+            for folder in (None, "here", "/dev/shm/a b")
+        ),
+        (
+            SERVERS | {"sglang__remote": "ssh {host}"},
+            "sglang.remote: got ssh {host}; starts servers on sglang.hosts, which is empty; name the hosts or leave it "
+            "out",
+        ),
+        (
+            SERVERS | {"sglang__router": True, "rollout__engines": 1},
+            "sglang.router: got true; a router has nothing to choose from; raise rollout.engines or leave it",
+        ),
+        (
+            SERVERS | {"sglang__router": True, "sglang__transport": choices.Transport.ipc},
+            "sglang.router: got true; a router cannot be kept from asking a restarted server, which finds its weights "
+            "on a disk alone; use sglang.transport=disk",
+        ),
+        (
+            SERVERS | {"sglang__startup_seconds": 299.0, "device__type": choices.DeviceType.cuda},
+            "sglang.startup_seconds: got 299; must be at least 300: a server that still compiles would be killed; "
+            "raise it",
+        ),
+        (
+            SERVERS | {"sglang__transport": choices.Transport.nccl},
+            "sglang.transport: got nccl; needs device.type=cuda, which is cpu; use gloo, ipc or disk",
+        ),
+        (
+            SERVERS | {"sglang__transport": choices.Transport.gloo, "device__type": choices.DeviceType.cuda},
+            "sglang.transport: got gloo; needs device.type=cpu, which is cuda; use nccl, ipc or disk",
+        ),
+        (
+            SERVERS | {"sglang__transport": choices.Transport.gloo, "sglang__extra_args": ["--pp-size=2"]},
+            "sglang.extra_args: got --pp-size; stages of a server would take the same ranks of the group of gloo; "
+            "leave it out, or use sglang.transport=disk",
+        ),
+        (
+            SERVERS | {"sglang__router": True, "rollout__router_replay": True},
+            "sglang.router: got true; sglang-router drops the field of a request that asks for the experts; set it to "
+            "false, or rollout.router_replay=false",
+        ),
+        (
+            SERVERS | {"sglang__router": True, "rollout__over_sampling": 1.5},
+            "sglang.router: got true; sequences that may be stopped or interrupted are asked of servers themselves; "
+            "set it to false, or take rounds as wholes",
+        ),
+        (
+            SERVERS | {"sglang__release": True, "rollout__max_staleness": 2},
+            "sglang.release: got true; servers generate beside the training with rollout.max_staleness=2; set one of "
+            "them to its default",
+        ),
+        (
+            SERVERS
+            | {
+                "sglang__transport": choices.Transport.nccl,
+                "sglang__dtype": choices.EngineDtype.fp8,
+                "device__type": choices.DeviceType.cuda,
+            },
+            "sglang.dtype: got fp8; FP8 blocks are not made for sglang.transport=nccl yet; use disk or ipc, or "
+            "sglang.dtype=bf16",
+        ),
+        (
+            SERVERS | {"sglang__dtype": choices.EngineDtype.fp8},
+            "sglang.dtype: got fp8; SGLang serves FP8 on CUDA alone, and device.type is cpu; use bf16 or fp32",
+        ),
+        (
+            SERVERS | {"sglang__recovery_copy": True},
+            "sglang.recovery_copy: got true; sglang.transport=disk writes each version already; set it to false",
         ),
         (
             SERVERS | {"sglang__max_cached_tokens": 1535},
@@ -222,6 +341,69 @@ def test_rules_between_fields(good: Config, values: dict[str, object], message: 
     assert messages(good, **values) == [message]
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            SERVERS | {"sglang__deterministic": True},
+            "sglang.deterministic: got true; needs a GPU (device=cuda); take sglang.deterministic back to its default",
+        ),
+        (
+            SERVERS | {"sglang__kv_cache_dtype": choices.KvCacheDtype.fp8_e4m3},
+            "sglang.kv_cache_dtype: got fp8_e4m3; needs a GPU",
+        ),
+        (
+            SERVERS | {"sglang__moe_a2a_backend": choices.MoeA2aBackend.deepep},
+            "sglang.moe_a2a_backend: got deepep; needs a GPU",
+        ),
+        (
+            SERVERS | {"sglang__moe_a2a_backend": choices.MoeA2aBackend.deepep, "sglang__tp": 4, "sglang__ep": 2},
+            "sglang.moe_a2a_backend: got deepep; spreads the experts over all ranks of a server, and sglang.ep=2 of 4; "
+            "set sglang.ep=4",
+        ),
+        (
+            SERVERS | {"sglang__speculative_steps": 2, "model__mtp": choices.Mtp.drop},
+            "sglang.speculative_steps: got 2; drafts with the multi-token-prediction layer, which model.mtp=drop",
+        ),
+        (
+            SERVERS | {"sglang__speculative_steps": 2, "sglang__transport": choices.Transport.ipc},
+            "sglang.speculative_steps: got 2; the layer's checkpoint tensors do not travel with sglang.transport=ipc",
+        ),
+        (
+            SERVERS | {"sglang__redundant_experts": 16, "sglang__verify_share": 0.0},
+            "sglang.redundant_experts: got 16; copies are spread over expert parallel ranks, of which sglang.ep=1 has",
+        ),
+        (
+            SERVERS | {"sglang__redundant_experts": 16, "sglang__tp": 2, "sglang__ep": 2},
+            "sglang.redundant_experts: got 16; the checksums of parameters with copies cannot be worked out; "
+            "set sglang.verify_share=0 and keep rollout.probe_sequences",
+        ),
+        (
+            SERVERS
+            | {
+                "sglang__redundant_experts": 16,
+                "sglang__tp": 2,
+                "sglang__ep": 2,
+                "sglang__transport": choices.Transport.ipc,
+            },
+            "sglang.redundant_experts: got 16; only SGLang knows which rank holds which copy",
+        ),
+    ],
+)
+def test_what_servers_cannot_give_here_or_not_together(good: Config, values: dict[str, object], message: str) -> None:
+    assert any(text.startswith(message) for text in messages(good, **values)), messages(good, **values)
+
+
+def test_what_servers_can_give_together(good: Config) -> None:
+    """On GPUs: nothing is found but that this machine has none of what they need."""
+    values = SERVERS | {
+        "device__type": choices.DeviceType.cuda, "sglang__tp": 4, "sglang__ep": 4, "sglang__redundant_experts": 16,
+        "sglang__moe_a2a_backend": choices.MoeA2aBackend.deepep, "sglang__speculative_steps": 1,
+        "sglang__kv_cache_dtype": choices.KvCacheDtype.fp8_e4m3, "sglang__verify_share": 0.0, "sglang__release": True,
+    }  # fmt: skip
+    assert [text for text in messages(good, **values) if text.startswith("sglang.")] == []
+
+
 def test_the_longest_sequence_may_just_fit(good: Config) -> None:
     values = {"data__max_prompt_tokens": 100, "rollout__max_tokens": 50, "algo__max_tokens_per_micro_batch": 150}
     assert messages(good, **values) == []
@@ -262,3 +444,27 @@ def test_the_longest_response_looks_at_evaluation_only_where_there_is_one(good: 
     assert longest_response(with_values(longer, data__eval="e.jsonl")) == ("evaluate.max_tokens", 5000)
     assert longest_response(with_values(longer, **SFT)) == ("sft.max_length", 2048)
     assert value_at(longer, "evaluate.max_tokens") == 5000
+
+
+STREAMED = ({"rollout__over_sampling": 1.25}, {"rollout__max_staleness": 1}, {"rollout__max_staleness": 2})
+
+
+@pytest.mark.parametrize("values", STREAMED)
+def test_rollouts_beyond_a_round_need_servers(good: Config, values: dict[str, object]) -> None:
+    assert messages(good, **SERVERS, **values) == []
+    (path,) = [name.replace("__", ".") for name in values]
+    (message,) = messages(good, **values)
+    assert message.startswith(f"{path}: got {values[path.replace('.', '__')]}") and "use rollout=sglang" in message
+
+
+def test_what_runs_beside_the_training_cannot_take_turns_with_it(good: Config) -> None:
+    (message,) = messages(good, **SERVERS, rollout__max_staleness=1, memory__offload=True)
+    assert message.startswith("rollout.max_staleness: got 1") and "memory.offload" in message
+
+
+def test_nothing_to_carry(good: Config) -> None:
+    (message,) = messages(good, **SERVERS, rollout__carry_partial=True)
+    assert message.startswith("rollout.carry_partial: got true") and "rollout.over_sampling=1" in message
+    for values in STREAMED:
+        assert messages(good, **SERVERS, **values, rollout__carry_partial=True) == []
+    assert messages(good, **SFT, rollout__max_staleness=1) == []

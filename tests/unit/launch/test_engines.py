@@ -12,22 +12,15 @@ import httpx
 import pytest
 
 from r1mega.launch import engines
-from r1mega.launch.engines import EngineFleet, EngineProcess, Limits
+from r1mega.launch.engine_process import EngineProcess, Limits, NodeProcess
+from r1mega.launch.engines import EngineFleet
 from r1mega.launch.ports import free_port
 from r1mega.launch.supervise import run_world
 from r1mega.weights.shelf import Shelf
 
-# Answers /health on the port; what it does besides stands before.
-SERVER = """
-import http.server, os, signal, subprocess, sys, time
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers()
-    def log_message(self, *args): pass
-print('started', os.getpid(), *sys.argv[2:], flush=True)
-{first}
-http.server.ThreadingHTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()
-"""
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_engines import SERVER, has_ended, is_gone, pid, until
+
 GENEROUS = Limits(startup_seconds=60, hang_seconds=60, restarts=2)
 
 
@@ -49,41 +42,14 @@ def fleet(tmp_path: Path) -> Iterator[Callable[..., EngineFleet]]:
         for index in range(count):
             port = free_port()
             argv = [sys.executable, "-c", SERVER.format(first=first), str(port)]
-            process = EngineProcess(index, f"http://127.0.0.1:{port}", lambda argv=argv: [*argv, "v" + str(len(made))],
-                                    {}, tmp_path / f"engine{index}.log")  # fmt: skip
-            found.append(process)
-        made.append(EngineFleet(found, limits, place))
+            node = NodeProcess(lambda argv=argv: [*argv, "v" + str(len(made))], {}, tmp_path / f"engine{index}.log")
+            found.append(EngineProcess(f"engine {index}", f"http://127.0.0.1:{port}", [node], limits))
+        made.append(EngineFleet(found, place))
         return made[-1]
 
     yield make
     for one in made:
         one.end()
-
-
-def until(condition: Callable[[], object], fleet: EngineFleet | None = None, seconds: float = 20.0) -> None:
-    """Look after the fleet until the condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not come to it in time"
-        assert fleet is None or fleet.look() is None
-        time.sleep(0.02)
-
-
-def pid(process: EngineProcess) -> int:
-    assert process.process is not None
-    return process.process.pid
-
-
-def has_ended(process: EngineProcess) -> bool:
-    assert process.process is not None
-    return process.process.poll() is not None
-
-
-def is_gone(number: int) -> bool:
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def test_servers_come_up_and_end(fleet: Callable[..., EngineFleet]) -> None:
@@ -118,6 +84,27 @@ def test_a_server_that_is_killed_or_hangs_is_started_again(
     message = one.look()
     assert message and message.startswith(f"engine 0 at {engine.url} was killed by SIGKILL, after 1 of 1 restarts")
     assert "  | started" in message and message.endswith(f"log: {engine.log}")
+
+
+def test_no_server_is_started_in_the_trainers_turn(
+    fleet: Callable[..., EngineFleet], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would take the memory that trains: one that ends waits until the servers' turn comes."""
+    both = fleet(count=2)
+    both.start()
+    until(lambda: all(engine.answered for engine in both.engines), both)
+    place = both._place
+    assert place.processes() == [pid(engine) for engine in both.engines]
+    place.set_turn(trainers=True)
+    os.killpg(pid(both.engines[0]), signal.SIGKILL)
+    until(lambda: both.engines[0].due, both)
+    for _ in range(10):
+        assert both.look() is None and both.engines[0].starts == 1
+    assert capsys.readouterr().err == ""
+    place.set_turn(trainers=False)
+    until(lambda: both.engines[0].starts == 2 and both.engines[0].answered, both)
+    assert "r1mega: engine 0 was killed by SIGKILL; starting it again" in capsys.readouterr().err
+    assert place.processes() == [pid(engine) for engine in both.engines] and both.engines[1].starts == 1
 
 
 def test_a_server_that_ends_at_once(fleet: Callable[..., EngineFleet]) -> None:
@@ -175,13 +162,15 @@ def test_a_world_ends_with_its_servers(fleet: Callable[..., EngineFleet], tmp_pa
 LAUNCHER = """
 import sys, time
 from pathlib import Path
-from r1mega.launch.engines import EngineFleet, EngineProcess, Limits
+from r1mega.launch.engine_process import EngineProcess, Limits, NodeProcess
+from r1mega.launch.engines import EngineFleet
 from r1mega.weights.shelf import Shelf
 place = Shelf(Path(sys.argv[1]) / "engines")
 place.prepare()
 argv = [sys.executable, "-c", sys.argv[3], sys.argv[2]]
-engine = EngineProcess(0, "http://127.0.0.1:" + sys.argv[2], lambda: argv, {{}}, Path(sys.argv[1]) / "engine0.log")
-EngineFleet([engine], Limits(60, 60, 0), place).start()
+node = NodeProcess(lambda: argv, {{}}, Path(sys.argv[1]) / "engine0.log")
+engine = EngineProcess("engine 0", "http://127.0.0.1:" + sys.argv[2], [node], Limits(60, 60, 0))
+EngineFleet([engine], place).start()
 time.sleep(600)
 """
 
@@ -208,6 +197,9 @@ def test_the_shelf(tmp_path: Path) -> None:
         place.set_newest(version)
     newest = place.newest()
     assert newest is not None and (newest.version, newest.path) == (4, place.path(4))
+    place.path(2).mkdir()
+    place.drop_others(3, 4)
+    assert sorted(path.name for path in place.folder.iterdir()) == ["newest", "version-000003", "version-000004"]
     place.drop_others(4)
     assert sorted(path.name for path in place.folder.iterdir()) == ["newest", "version-000004"]
     place.clear()

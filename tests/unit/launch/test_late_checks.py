@@ -106,6 +106,27 @@ def test_the_version_of_sglang(checkpoint, config, tmp_path, version, words):
     assert (found == []) if words is None else (len(found) == 1 and words in found[0])
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (("0.5.21", "0.3.2"), None),
+        (("0.5.21", "0.2.0"), "has sglang-router 0.2.0; must have 0.3.2"),
+        (("0.5.21",), "has sglang-router none; must have 0.3.2"),
+        ((), "has SGLang none; must have 0.5.21"),
+    ],
+)
+def test_the_version_of_the_router(checkpoint, config, tmp_path, lines, words):
+    """As Python answers: a line for each package, up to the first that is not there."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n" + "".join(f"echo {line}\n" for line in lines) + f"exit {int(len(lines) < 2)}\n")
+    python.chmod(0o755)
+    asked = config(checkpoint("llama"))
+    asked.rollout.engine, asked.sglang.python = choices.EngineKind.sglang, str(python)
+    asked.sglang.router = True
+    found = check_sglang(asked)
+    assert (found == []) if words is None else (len(found) == 1 and words in found[0])
+
+
 def test_a_python_that_cannot_be_run(checkpoint, config, tmp_path):
     asked = config(checkpoint("llama"))
     asked.rollout.engine, asked.sglang.python = choices.EngineKind.sglang, str(tmp_path)

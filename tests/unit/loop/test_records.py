@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from r1mega.loop import records
-from r1mega.types import FinishReason, Prompt, Sample, SampleGroup, Score
+from r1mega.types import FinishReason, Prompt, Sample, SampleGroup, Score, Span
 
 
 def sample(index, num_tokens, accuracy, form=1.0, error=None, finish=FinishReason.stop):
@@ -44,3 +44,31 @@ def test_evaluation_counts_a_failed_check_as_wrong():
     assert values["eval/pass_at_1"] == pytest.approx(1 / 3)
     assert values["eval/failed"] == pytest.approx(1 / 3)
     assert values["eval/response_tokens"] == 3.0
+
+
+def test_experts_replayed_by_hand():
+    sums = {"expert_layers": 2.0, "expert_load_max": 3.0, "expert_load_sum": 5.0, "experts_idle": 0.5}
+    assert records.expert_metrics(sums) == {"moe/load_max": 3.0, "moe/load_mean": 2.5, "moe/idle_experts": 0.25}
+    found = records.expert_metrics(sums | {"replayed": 200.0, "replayed_otherwise": 3.0})
+    assert found["moe/replay_disagreement"] == pytest.approx(0.015)
+
+
+def test_staleness_by_hand():
+    """Versions are counts of updates, four a round: six tokens one round behind, two of this one, two of three ago."""
+    first, second, third = sample(0, 8, 1.0), sample(1, 2, 1.0), sample(2, 2, 1.0)
+    first.spans = (Span(8, 0, 6), Span(12, 6, 8))
+    second.spans = (Span(0, 0, 2),)
+    third.spans = ()
+    assert records.staleness([group(first, second), group(third)], 12, 4) == {
+        "rollout/staleness_mean": pytest.approx((6 * 1 + 2 * 3) / 10),
+        "rollout/staleness_max": 3.0,
+    }
+
+
+def test_the_correction_is_a_mean_over_tokens():
+    means = {"kl": 0.0, "clip_fraction": 0.0, "ratio_max": 1.0, "anchor_kl": 0.0}
+    sums = {"num_tokens": 4.0, "loss": 0.0, "entropy": 0.0}
+    assert "train/correction" not in records.update_metrics(means, sums, grad_norm=0.0, lr=0.0)
+    sums |= {"correction": 5.0, "correction_capped": 1.0}
+    values = records.update_metrics(means, sums, grad_norm=0.0, lr=0.0)
+    assert (values["train/correction"], values["train/correction_capped"]) == (1.25, 0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections import Counter
@@ -201,3 +202,14 @@ def test_a_file_of_another_length_than_its_header_says_is_refused(tmp_path, data
     path = with_header(tmp_path / "a.safetensors", WHOLE, data_bytes)
     with pytest.raises(ValueError, match=r"a\.safetensors: .* bytes, its header says"):
         read_header(path)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5)])
+def test_memory_lent_as_bytes(shape: tuple[int, ...]) -> None:
+    """It is the tensor's own, outlives the name of the tensor, and a storage that was lent can still be emptied."""
+    tensor = torch.arange(math.prod(shape), dtype=torch.bfloat16).reshape(shape) + 1
+    expected = tensor.view(torch.int16).numpy().tobytes() if shape else struct.pack("<H", 0x3F80)
+    storage = tensor.clone().untyped_storage()
+    lent = as_bytes(torch.tensor([], dtype=torch.bfloat16).set_(storage, 0, shape))
+    assert bytes(lent) == expected and len(lent) == tensor.nbytes
+    storage.resize_(0)

@@ -11,6 +11,12 @@ from typing import Any
 
 import httpx
 
+GROUP_CALLS = (
+    "/init_weights_update_group",
+    "/update_weights_from_distributed",
+    "/destroy_weights_update_group",
+)
+
 
 @dataclass
 class FakeServer:
@@ -22,7 +28,11 @@ class FakeServer:
     running: int = 0
     most_running: int = 0
     flushes: int = 0
+    starts: int = 1
+    held: set[str] = field(default_factory=lambda: {"weights", "kv_cache"})
+    calls: list[tuple[str, ...]] = field(default_factory=list)  # of releases and what takes back
     loads: list[tuple[str, str]] = field(default_factory=list)
+    group_calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     served: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
 
@@ -38,6 +48,7 @@ class FakeServers(httpx.AsyncBaseTransport):
         self.before: Callable[[FakeServer, list[int]], httpx.Response | None] = lambda server, prompt: None
         self.after: Callable[[FakeServer, list[int]], httpx.Response | None] = lambda server, prompt: None
         self.loaded: Callable[[FakeServer], None] = lambda server: None
+        self.answer: Callable[[FakeServer, dict], dict] = lambda server, body: answer(body, server.version)
 
     @property
     def urls(self) -> list[str]:
@@ -53,16 +64,33 @@ class FakeServers(httpx.AsyncBaseTransport):
             return await self._generate(server, body)
         if path == "/health":
             return httpx.Response(200)
+        if path == "/server_info":
+            return httpx.Response(200, json={"random_seed": server.starts, "startup_time": {"tokenizer_e2e": 1.5}})
+        if path in ("/release_memory_occupation", "/resume_memory_occupation"):
+            self._change_memory(server, path.startswith("/release"), body["tags"])
+            return httpx.Response(200)
         if path == "/model_info":
             return httpx.Response(200, json={"weight_version": server.version})
         if path == "/flush_cache":
             server.flushes += 1
             return httpx.Response(200, text="Cache flushed.")
+        if path in GROUP_CALLS:
+            server.group_calls.append((path, body))
+            refused = path == "/destroy_weights_update_group" and body["group_name"] == "unknown"
+            return httpx.Response(400 if refused else 200, json={"success": not refused, "message": "no such group"})
         assert path == "/update_weights_from_disk" and not body["flush_cache"], path
         server.version = body["weight_version"]
         server.loads.append((body["model_path"], server.version))
         self.loaded(server)
         return httpx.Response(200, json={"success": True, "message": ""})
+
+    def _change_memory(self, server: FakeServer, gives_back: bool, tags: list[str]) -> None:
+        """SGLang ends itself where a tag comes twice, or while it is busy."""
+        server.calls.append(("release" if gives_back else "resume", *tags))
+        assert not server.running and server.flushes, "not idle"
+        before = len(server.held)
+        server.held = server.held - set(tags) if gives_back else server.held | set(tags)
+        assert abs(len(server.held) - before) == len(tags), f"{server.calls}"
 
     async def _generate(self, server: FakeServer, body: dict[str, Any]) -> httpx.Response:
         prompt = body["input_ids"]
@@ -79,7 +107,7 @@ class FakeServers(httpx.AsyncBaseTransport):
         if not server.is_up:
             raise httpx.ReadError("broken off")
         server.served[tuple(prompt)] += 1
-        return httpx.Response(200, json=answer(body, server.version))
+        return httpx.Response(200, json=self.answer(server, body))
 
 
 def answer(body: dict[str, Any], version: str, finish: str = "stop") -> dict[str, Any]:

@@ -31,6 +31,17 @@ def test_what_the_checkpoint_says_is_kept(tmp_path: Path) -> None:
     assert written(source, tmp_path / "out") == config | {"ep_size": 1}
 
 
+def test_fp8_blocks_are_said_as_deepseek_says_them(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = checkpoint("deepseek_v3")
+    write_engine_config(source, tmp_path / "out", fp8=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["quantization_config"] == {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
+
+
 def test_other_families_are_left_alone(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     source = checkpoint("qwen2")
     assert written(source, tmp_path / "out") == json.loads((source / "config.json").read_text("utf-8"))

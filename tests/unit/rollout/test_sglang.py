@@ -1,18 +1,30 @@
 from __future__ import annotations
 
+import base64
 import random
 import sys
 import tracemalloc
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+import torch
 
+from r1mega.models.expert_choices import ExpertChoices
 from r1mega.rollout import server_pool
 from r1mega.rollout.client import answer_of
 from r1mega.rollout.server_pool import EnginesLost
 from r1mega.rollout.sglang import SglangEngines
-from r1mega.types import Completion, EngineRefused, EngineUnavailable, FinishReason, Request, SamplingParams
+from r1mega.types import (
+    Completion,
+    EngineRefused,
+    EngineUnavailable,
+    FinishReason,
+    GroupAddress,
+    Request,
+    SamplingParams,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_servers import FakeServer, FakeServers, answer
@@ -102,6 +114,36 @@ def test_a_server_that_ends_comes_back_with_the_weights_that_are_due() -> None:
     assert sum(victim.served.values()) + sum(other.served.values()) == 400
 
 
+class Handed(FakeServers):
+    """Servers that are handed weights."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path in ("/end_weight_update", "/update_weight_version"):
+            self.servers[int(request.url.host)].version = "3"
+            return httpx.Response(200, json={"success": True, "message": ""})
+        return await super().handle_async_request(request)
+
+
+def test_a_server_waits_for_a_copy_that_is_being_written(tmp_path: Path) -> None:
+    """Started again after weights were handed over, it takes them from the disk once they stand there."""
+    fake, directory = Handed(2), tmp_path / "3"
+    options = {"max_in_flight": 2, "patience_seconds": 5.0, "transport": fake}
+    made = SglangEngines(fake.urls, directory_of=lambda version: tmp_path / str(version), **options)
+    made.end_update(3)
+    stale, other = fake.servers
+    stale.version = "2"
+
+    def write(server: FakeServer, prompt: list[int]) -> None:
+        assert server is other or stale.version == "2" or directory.is_dir()
+        if prompt[0] == 100:
+            assert stale.loads == []
+            directory.mkdir()
+
+    fake.before = write
+    assert made.generate(requests(1000), PARAMS) == expected(1000)
+    assert stale.loads == [(str(directory), "3")] and other.loads == []
+
+
 def test_stale_weights_are_noticed_and_replaced() -> None:
     fake = FakeServers(1)
     made = engines(fake)
@@ -174,9 +216,74 @@ def test_an_error_in_what_is_done_with_a_result_is_not_swallowed() -> None:
 @pytest.mark.parametrize("change", [{"output_ids": [1]}, {"output_ids": [0, 2]}, {"output_ids": [0, 1, 2]}])
 def test_an_answer_that_contradicts_itself(change: dict) -> None:
     found = answer({"input_ids": [0], "sampling_params": {"max_new_tokens": 2}}, "3")
-    assert answer_of(found).token_ids == [0, 1]
+    assert answer_of(found, 1).token_ids == [0, 1]
     with pytest.raises(EngineUnavailable, match="log-probs"):
-        answer_of(found | change)
+        answer_of(found | change, 1)
+
+
+# Three layers, the first of them dense; 2 of 8 experts. As SGLang says it: zeros where there are no experts.
+CHOICES = ExpertChoices(num_layers=3, first_moe_layer=1, num_experts=8, top_k=2)
+
+
+def told(*tokens: list[list[int]]) -> str:
+    """What a server says of tokens with these experts in its MoE layers."""
+    return base64.b64encode(np.array([[[0, 0], *layers] for layers in tokens], dtype=np.int32).tobytes()).decode()
+
+
+def test_the_experts_of_an_answer() -> None:
+    found = answer({"input_ids": [5], "sampling_params": {"max_new_tokens": 2}}, "3")
+    found["meta_info"]["routed_experts"] = told([[1, 7], [0, 2]], [[3, 4], [6, 5]])
+    experts = answer_of(found, 1, CHOICES).routed_experts
+    assert experts.dtype == torch.uint8
+    assert experts.tolist() == [[[1, 7], [0, 2]], [[3, 4], [6, 5]]]
+    assert answer_of(found, 1).routed_experts is None  # not asked for
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "message"),
+    [
+        (told([[1, 7], [0, 2]]), 1, r"24 bytes, not those of int32 \[2, 3, 2\]"),
+        (told([[1, 7], [0, 2]], [[3, 4], [6, 5]]), 2, r"48 bytes, not those of int32 \[3, 3, 2\]"),
+        (told([[1, 7], [0, 2]], [[3, 8], [6, 5]]), 1, "experts 0 to 8, the model has 8"),
+        (told([[1, 7], [0, 2]], [[3, 4], [-1, 5]]), 1, "experts -1 to 7, the model has 8"),
+        (told([[1, 7], [0, 2]], [[3, 4], [0, 0]]), 1, r"token 1, layer 2: \[0, 0\] has one twice"),
+        ("A", 1, "not base64"),
+        ("?", 1, "0 bytes"),
+    ],
+)
+def test_experts_that_cannot_be(text: str, prompt: int, message: str) -> None:
+    found = answer({"input_ids": [5], "sampling_params": {"max_new_tokens": 2}}, "3")
+    found["meta_info"]["routed_experts"] = text
+    with pytest.raises(EngineUnavailable, match=message):
+        answer_of(found, prompt, CHOICES)
+
+
+def test_a_server_that_does_not_tell_the_experts_is_refused() -> None:
+    found = answer({"input_ids": [5], "sampling_params": {"max_new_tokens": 2}}, "3")
+    with pytest.raises(EngineRefused, match="--enable-return-routed-experts"):
+        answer_of(found, 1, CHOICES)
+    ended = answer({"input_ids": [5], "sampling_params": {"max_new_tokens": 2}}, "3", finish="abort")
+    assert answer_of(ended, 1, CHOICES).routed_experts is None
+
+
+def test_experts_come_with_completions_where_they_are_asked_for() -> None:
+    fake = FakeServers(1)
+    asked: list[bool] = []
+
+    def tell(server: FakeServer, body: dict) -> dict:
+        asked.append(body["return_routed_experts"])
+        found = answer(body, server.version)
+        if asked[-1]:
+            found["meta_info"]["routed_experts"] = told(*[[[1, 7], [0, 2]]] * 3)
+        return found
+
+    fake.answer = tell
+    made = SglangEngines(fake.urls, max_in_flight=4, patience_seconds=5.0, choices=CHOICES, transport=fake)
+    made.load_from_disk("/weights/3", 3)
+    (plain,) = made.generate(requests(1), PARAMS)
+    (with_experts,) = made.generate(requests(1), SamplingParams(max_tokens=2, routed_experts=True))
+    assert asked == [False, True]
+    assert plain.routed_experts is None and with_experts.routed_experts.shape == (3, 2, 2)
 
 
 def test_memory_does_not_grow_with_the_number_of_requests_waiting() -> None:
@@ -194,3 +301,29 @@ def test_memory_does_not_grow_with_the_number_of_requests_waiting() -> None:
 
     few, many = peak(200), peak(2000)
     assert many - few < 1800 * 1500  # a completion is about 600 bytes, a task with its request many thousand
+
+
+def test_servers_in_a_process_group(capsys) -> None:
+    """Each from its own first rank on; a group that one is not in hinders nobody from leaving."""
+    fake = FakeServers(2)
+    made = engines(fake, version=None)
+    made.join_group(GroupAddress("g", "10.0.0.1", 4000, 5, "gloo"), [1, 3])
+    made.update_from_group("g", [("a", "bfloat16", (2, 3)), ("b", "float32", (4,))])
+    made.leave_groups(["unknown", "g"])
+    for server, first in zip(fake.servers, (1, 3), strict=True):
+        (_, join), (_, update), *left = server.group_calls
+        assert join == {
+            "master_address": "10.0.0.1", "master_port": 4000, "rank_offset": first, "world_size": 5,
+            "group_name": "g", "backend": "gloo",
+        }  # fmt: skip
+        assert update["names"] == ["a", "b"] and update["shapes"] == [[2, 3], [4]] and not update["flush_cache"]
+        assert update["load_format"] == "flattened_bucket" and update["group_name"] == "g"
+        assert [body["group_name"] for _, body in left] == ["unknown", "g"]
+    assert made.weight_versions() == ["none", "none"]
+    fake.servers[1].is_up = False
+    with pytest.raises(EngineUnavailable):
+        made.update_from_group("g", [("a", "bfloat16", (2, 3))])
+    assert capsys.readouterr().err == ""
+    made.leave_groups(["g", "h"])
+    assert capsys.readouterr().err.count("did not leave its groups: http://1") == 1
+    assert [body["group_name"] for _, body in fake.servers[0].group_calls[-2:]] == ["g", "h"]

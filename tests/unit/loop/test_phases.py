@@ -1,0 +1,45 @@
+"""The probe looks at tokens of the weights published last, and at no others."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from r1mega.config import schema
+from r1mega.loop import phases
+from r1mega.types import FinishReason, Sample, Span
+
+
+def sample(logprobs: list[float], *spans: Span) -> Sample:
+    count = len(logprobs)
+    return Sample("p", 0, [1] * count, [1] * count, logprobs, FinishReason.stop, spans[-1].weight_version, spans=spans)
+
+
+@pytest.fixture
+def run() -> SimpleNamespace:
+    config = schema.Config()
+    config.rollout.probe = True
+    return SimpleNamespace(config=config, log=SimpleNamespace(round_metrics={}), state=SimpleNamespace(update=4))
+
+
+def test_only_tokens_of_the_last_weights_are_compared(run) -> None:
+    old_and_new = sample([-1.0, -2.0, -3.0], Span(2, 0, 2), Span(4, 2, 3))
+    new = sample([-1.0, -1.0], Span(4, 0, 2))
+    trainer = [torch.tensor([-9.0, -9.0, -3.00005]), torch.tensor([-1.0, -1.0])]
+    phases.measure_gap(run, [old_and_new, new], trainer)
+    assert run.log.round_metrics["sync/logprob_gap_max"] == pytest.approx(5e-5, rel=0.01)
+    assert run.log.round_metrics["sync/over"] == 0.0
+
+
+def test_a_gap_is_found_and_the_sample_named(run) -> None:
+    old = sample([-1.0], Span(2, 0, 1))
+    mixed = sample([-1.0, -2.0], Span(2, 0, 1), Span(4, 1, 2))
+    with pytest.raises(RuntimeError, match=r"by 1 on average and 1 at most \(sample 2 of the round\)"):
+        phases.measure_gap(run, [old, old, mixed], [torch.tensor([-1.0])] * 2 + [torch.tensor([-1.0, -3.0])])
+
+
+def test_a_round_without_such_tokens(run) -> None:
+    phases.measure_gap(run, [sample([-1.0], Span(2, 0, 1))], [torch.tensor([-9.0])])
+    assert run.log.round_metrics == {}
