@@ -8,17 +8,17 @@ started again has no weights until the next publish.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from multiprocessing.reduction import ForkingPickler
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from r1mega.parallel.collectives import gather, share
-from r1mega.types import EngineFault, Servers, TrainerWeights
+from r1mega.parallel.collectives import gather
+from r1mega.types import Servers, TrainerWeights
 from r1mega.weights.exchange import Exchange, Parcel
-from r1mega.weights.proof import Expectation, PublishProof, publish_twice
+from r1mega.weights.proof import Expectation, PublishProof, publish_twice, speaker
 
 
 class IpcPublisher:
@@ -34,6 +34,7 @@ class IpcPublisher:
         self, exchange: Exchange, servers: Servers | None, proof: PublishProof, group: dist.ProcessGroup
     ) -> None:
         self._exchange, self._servers, self._proof, self._group = exchange, servers, proof, group
+        self._speak = speaker(servers, group)
         # What another process opens by name: a file descriptor could not travel over HTTP.
         torch.multiprocessing.set_sharing_strategy("file_system")
 
@@ -83,16 +84,6 @@ class IpcPublisher:
         for index, (engine, _) in enumerate(self._exchange.plan.receivers.places):
             payloads[engine].append(by_receiver.get(index, nothing))
         return payloads
-
-    def _speak(self, say: Callable[[Servers], list[str] | None]) -> list[str]:
-        """What the servers found wrong, told to every rank by the one that speaks to them."""
-        faults: list[str] = []
-        if self._servers is not None:
-            try:
-                faults = say(self._servers) or []
-            except EngineFault as error:
-                faults = [str(error)]
-        return share(faults, self._group)
 
 
 def payload_of(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -45,6 +45,7 @@ from r1mega.parallel.layout import Layout
 from r1mega.weights.bucket import Bucket, buckets_of, in_turn
 from r1mega.weights.deal import Line, deal
 from r1mega.weights.engine_layout import EngineLayout, Receivers
+from r1mega.weights.holders import Holders
 from r1mega.weights.slices import ITEM_BYTES, Cargo, Shape, cargo_of, dtype_of, nbytes_of
 
 BUCKET_BYTES = 1 << 30
@@ -188,7 +189,7 @@ class PublishPlan:
             limit=bucket_bytes,
         )
         self._shares: dict[int, list[Share]] = {}
-        self._holders: dict[tuple, np.ndarray] = {}
+        self._holders = Holders(self.placement, trainer)
         if dtype == "fp8":  # a cut block is refused here, not on some rank while it sends
             for slot in self.slots:
                 for shard in range(self.placement.num_shards(slot)):
@@ -239,7 +240,7 @@ class PublishPlan:
             for index in range(bucket.begin, bucket.end):
                 slot = self.slots[index]
                 for shard in range(self.placement.num_shards(slot)):
-                    holders = self._holders_of(slot, shard)
+                    holders = np.array(self._holders.of(slot, shard), dtype=np.int64)
                     key = len(holders), holders.tobytes(), shard, self._blocks(slot)
                     alike.setdefault(key, []).append(index)
             for (_, holders, shard, blocks), indices in sorted(alike.items()):
@@ -313,15 +314,3 @@ class PublishPlan:
 
     def _blocks(self, slot: Slot) -> tuple[int, ...]:
         return self.receivers.blocks(slot.expert)
-
-    def _holders_of(self, slot: Slot, shard: int) -> np.ndarray:
-        """The trainer ranks that hold a copy of the shard, ascending."""
-        stage = self.placement.stage(slot)
-        block = None if slot.expert is None else slot.expert // (self.placement.num_experts // self.trainer.ep)
-        key = stage, slot.axis, block, shard
-        if key not in self._holders:
-            first = stage * self.trainer.per_stage
-            ranks = range(first, first + self.trainer.per_stage)
-            held = [rank for rank in ranks if self.placement.shard_on(slot, rank) == shard]
-            self._holders[key] = np.array(held, dtype=np.int64)
-        return self._holders[key]

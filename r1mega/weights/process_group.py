@@ -17,7 +17,7 @@ does not serve what was published last, because it was started again.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -28,11 +28,11 @@ from r1mega.models.hf_fields import HfFields
 from r1mega.parallel.collectives import gather, share
 from r1mega.parallel.layout import Layout
 from r1mega.parallel.outside import OutsideGroup, address_towards
-from r1mega.types import EngineFault, GroupAddress, Servers, TrainerWeights
+from r1mega.types import GroupAddress, Servers, TrainerWeights
 from r1mega.weights.engine_layout import EngineLayout
 from r1mega.weights.exchange import DTYPES, Exchange, Parcel, dense
 from r1mega.weights.plan import PublishPlan
-from r1mega.weights.proof import Expectation, PublishProof, publish_twice
+from r1mega.weights.proof import Expectation, PublishProof, publish_twice, speaker
 
 GLOO_SECONDS = 120.0  # of one broadcast (ours): 1 GiB at 9 MB/s
 
@@ -88,6 +88,7 @@ class GroupPublisher:
         seconds: float,
     ) -> None:
         self._exchange, self._servers, self._proof, self._group = exchange, servers, proof, group
+        self._speak = speaker(servers, group)
         self._num_ranks, self._backend, self._seconds = list(num_ranks), backend, seconds
         plan = exchange.plan
         self._senders = sorted({sender_of(plan, bucket.index) for bucket in plan.buckets})
@@ -217,16 +218,6 @@ class GroupPublisher:
         names, self._names = self._names, []
         if self._servers is not None and names:
             self._servers.leave_groups(names)
-
-    def _speak(self, say: Callable[[Servers], list[str] | None]) -> list[str]:
-        """What the servers found wrong, told to every rank by the one that speaks to them."""
-        faults: list[str] = []
-        if self._servers is not None:
-            try:
-                faults = say(self._servers) or []
-            except EngineFault as error:
-                faults = [str(error)]
-        return share(faults, self._group)
 
 
 def _hash(expected: Expectation, parcel: Parcel) -> None:

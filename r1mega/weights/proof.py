@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from r1mega.models.hf_fields import HfFields
+from r1mega.parallel.collectives import share
+from r1mega.types import EngineFault, Servers
 from r1mega.weights.checksums import ExpectedChecksums, compare, reported_by_rank, sampled
 from r1mega.weights.engine_layout import EngineLayout
 from r1mega.weights.engine_params import EngineBuild, engine_params
@@ -33,6 +36,26 @@ def publish_twice(publish: Callable[[], list[str]], version: int, *, speaks: boo
         if attempt == 1 and speaks:
             print(f"weights {version} did not arrive, publishing again: {'; '.join(faults)}", file=sys.stderr)
     raise PublishError("\n".join([f"weights {version} did not arrive, published twice:", *faults]))
+
+
+def speaker(
+    servers: Servers | None, group: dist.ProcessGroup
+) -> Callable[[Callable[[Servers], list[str] | None]], list[str]]:
+    """What every rank calls to hear what the servers found wrong with something that is said to them.
+
+    `servers` is None but on the rank that speaks to them, rank 0 of the group. Collective.
+    """
+
+    def speak(say: Callable[[Servers], list[str] | None]) -> list[str]:
+        faults: list[str] = []
+        if servers is not None:
+            try:
+                faults = say(servers) or []
+            except EngineFault as error:
+                faults = [str(error)]
+        return share(faults, group)
+
+    return speak
 
 
 class PublishProof:

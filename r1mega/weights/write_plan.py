@@ -25,6 +25,7 @@ from r1mega.models.param_map import HfTensor, Slot
 from r1mega.models.safetensors_file import Stored, lay_out, nbytes_of
 from r1mega.models.tables import placement_of, slots_of
 from r1mega.parallel.layout import Layout
+from r1mega.weights.holders import Holders
 from r1mega.weights.served import wire_dtype
 from r1mega.weights.slices import ITEM_BYTES, dtype_of
 
@@ -88,7 +89,7 @@ class WritePlan:
         self.placement = placement_of(fields, trainer)
         self.slots = [slot for slot in slots_of(fields) if not slot.is_copy]
         self._turn_bytes, self._file_bytes = turn_bytes, file_bytes
-        self._holders: dict[tuple, list[int]] = {}
+        self._holders = Holders(self.placement, trainer)
         self._entries = [list(self._entries_of(slot)) for slot in self.slots]
         self._sizes = [sum(nbytes_of(kind, shape) for _, kind, shape in entries) for entries in self._entries]
         jobs = self._deal(self._atoms(together))
@@ -162,7 +163,7 @@ class WritePlan:
             held: dict[int, int] = {}
             for number in atoms[index]:
                 for shard in range(self.placement.num_shards(self.slots[number])):
-                    for rank in self._holders_of(self.slots[number], shard):
+                    for rank in self._holders.of(self.slots[number], shard):
                         held[rank] = held.get(rank, 0) + self.wire_bytes(self.slots[number])
             most = max(held.values())
             _, writer = min((loads[rank], rank) for rank, nbytes in held.items() if nbytes == most)
@@ -174,7 +175,7 @@ class WritePlan:
         """Of each shard the writer itself where it holds it, else one of the copies, another for each slot."""
         slot, found = self.slots[number], []
         for shard in range(self.placement.num_shards(slot)):
-            holders = self._holders_of(slot, shard)
+            holders = self._holders.of(slot, shard)
             found.append(writer if writer in holders else holders[number % len(holders)])
         return tuple(found)
 
@@ -222,17 +223,6 @@ class WritePlan:
                 filled += self._sizes[number]
             if group:
                 yield writer, group
-
-    def _holders_of(self, slot: Slot, shard: int) -> list[int]:
-        """The trainer ranks that hold a copy of the shard, ascending."""
-        stage = self.placement.stage(slot)
-        block = None if slot.expert is None else slot.expert // (self.placement.num_experts // self.trainer.ep)
-        key = stage, slot.axis, block, shard
-        if key not in self._holders:
-            first = stage * self.trainer.per_stage
-            ranks = range(first, first + self.trainer.per_stage)
-            self._holders[key] = [rank for rank in ranks if self.placement.shard_on(slot, rank) == shard]
-        return self._holders[key]
 
 
 def entries_of(slot: Slot, tensor: HfTensor, serves: str) -> Iterator[Entry]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from r1mega.launch.ports import free_port
 from r1mega.launch.supervise import die_with_parent
@@ -104,6 +105,15 @@ def model_dir(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPath
         return out
 
     return make
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A process group of one."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ import httpx
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from r1mega.models import hf_fields
@@ -44,15 +43,6 @@ from fleets import Servers, disk_publisher, exporting, kill, served, servers
 
 HANG_SECONDS = 15.0
 PARAMS = SamplingParams(max_tokens=48)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A process group of one."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-import torch.distributed as dist
 
 from r1mega.launch.ports import free_port
 from r1mega.models import hf_fields
@@ -22,15 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fleets import Servers, disk_publisher, exporting, servers
 
 pytestmark = [pytest.mark.extended, pytest.mark.timeout(600)]  # two starts of three processes each, twice
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A process group of one."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 def processes(fleet: Servers) -> list[psutil.Process]:
