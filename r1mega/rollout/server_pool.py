@@ -55,6 +55,7 @@ class Server:
     held: int = 0  # requests it has not answered
     failures: int = 0  # since it last answered
     is_up: bool = True
+    has_answered: bool = True  # since it was last left out
     is_paused: bool = False  # by us: what it held goes on when it is resumed
     why_not: str = ""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one at a time gives it weights
@@ -205,7 +206,7 @@ class ServerPool:
                 if server.failures >= _FAILURES or self._hides(server, error):
                     self._leave_out(server, str(error))
             else:
-                server.failures = 0
+                server.failures, server.has_answered = 0, True
                 return found
             finally:
                 server.held -= 1
@@ -236,8 +237,10 @@ class ServerPool:
         if not server.is_up:
             return
         server.is_up, server.why_not = False, reason
-        if server is self._router or not any(other.is_up for other in self.servers):
+        # A router that is there and has no server behind it would else be waited for again and again.
+        if server.has_answered if server is self._router else not any(other.is_up for other in self.servers):
             self._last_up = time.monotonic()
+        server.has_answered = False
         name = "router" if server is self._router else "engine"
         print(f"{name} left out until it serves weights {self.due.version}: {reason}", file=sys.stderr)
         task = asyncio.create_task(self._revive(server))
