@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from omegaconf import DictConfig
+
+    from r1mega.config.schema import Config
 
 USAGE_ERROR = 2
 
@@ -45,6 +49,11 @@ def train(arguments: Sequence[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print(_train_help(), flush=True)
         return 0
+    return _for_each_composed("train", arguments, lambda config: _launcher("local").run(config))
+
+
+def _for_each_composed(command: str, arguments: Sequence[str], action: Callable[[Config], int]) -> int:
+    """Compose a configuration from the arguments and act on it, several times in a sweep; the exit code."""
     import hydra
 
     from r1mega.config.registry import conf_dir
@@ -53,12 +62,12 @@ def train(arguments: Sequence[str]) -> int:
     codes: list[int] = []
 
     def job(composed: DictConfig) -> None:
-        code = _run_job(composed)
+        code = _run_job(composed, action)
         codes.append(code)
         if code >= 128:  # ended by a signal: the jobs of a sweep that have not begun shall not begin
             raise SystemExit(code)
 
-    sys.argv = ["r1mega train", *arguments]
+    sys.argv = [f"r1mega {command}", *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except SystemExit as end:
@@ -66,6 +75,11 @@ def train(arguments: Sequence[str]) -> int:
             return codes[-1]
         return _composition_failed(arguments) if end.code else 0
     return next((code for code in codes if code), 0)
+
+
+def _launcher(name: str) -> ModuleType:
+    """A module of r1mega.launch, imported when its command runs and not before."""
+    return importlib.import_module(f"r1mega.launch.{name}")
 
 
 def replay(arguments: Sequence[str]) -> int:
@@ -82,9 +96,8 @@ def replay(arguments: Sequence[str]) -> int:
         return USAGE_ERROR
     from r1mega.config.faults import ConfigError
 
-    local = importlib.import_module("r1mega.launch.local")
     try:
-        return local.replay(Path(run_dir), int(numbers["round"]), int(numbers["update"]))
+        return _launcher("local").replay(Path(run_dir), int(numbers["round"]), int(numbers["update"]))
     except ConfigError as error:
         print(f"r1mega: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -108,7 +121,7 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-def _run_job(composed: DictConfig) -> int:
+def _run_job(composed: DictConfig, action: Callable[[Config], int]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
@@ -121,9 +134,8 @@ def _run_job(composed: DictConfig) -> int:
     if hydra_config.mode is RunMode.MULTIRUN and not chosen:
         # The jobs of a sweep live side by side in the sweep's directory.
         composed = OmegaConf.merge(composed, {"run": {"dir": hydra_config.runtime.output_dir}})
-    local = importlib.import_module("r1mega.launch.local")
     try:
-        return local.run(typed(composed))
+        return action(typed(composed))
     except ConfigError as error:
         print(f"r1mega: {error}", file=sys.stderr)
         return USAGE_ERROR

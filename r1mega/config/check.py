@@ -92,6 +92,21 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("evaluate.max_tokens", ((">=", 1),)),
     ("logger.samples_per_round", ((">=", 0),)),
     ("export.every", ((">=", 0),)),
+    ("cluster.nodes", ((">=", 1),)),
+    ("cluster.gpus_per_node", ((">=", 1),)),
+    *(
+        (f"cluster.{name}", ((">", 0),))
+        for name in (
+            "gpu_memory_gib",
+            "gpu_bf16_tflops",
+            "gpu_fp8_tflops",
+            "gpu_memory_gb_per_s",
+            "node_gb_per_s",
+            "network_gb_per_s",
+            "host_memory_gib",
+            "disk_gb_per_s",
+        )
+    ),
 )
 
 

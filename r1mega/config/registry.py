@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from r1mega.config import schema, schema_rollout
+from r1mega.config import choices
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def options() -> dict[str, dict[str, str]]:
 @cache
 def fields() -> tuple[FieldDoc, ...]:
     """Every field of the schema in the order written."""
-    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (schema_rollout, schema)]
+    files = sorted(Path(__file__).parent.glob("schema*.py"))
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
     classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     return tuple(
         doc
@@ -69,7 +70,7 @@ def _section_fields(section: str, node: ast.ClassDef) -> list[FieldDoc]:
 
 
 def _type_text(annotation: str) -> str:
-    members = getattr(getattr(schema, annotation, None), "__members__", None)
+    members = getattr(getattr(choices, annotation, None), "__members__", None)
     return "|".join(members) if members else annotation.replace(" | None", "?")
 
 

@@ -29,6 +29,7 @@ from r1mega.config.choices import (
     Verify,
     WandbMode,
 )
+from r1mega.config.schema_cluster import ClusterConfig
 from r1mega.config.schema_rollout import RolloutConfig, SglangConfig
 
 
@@ -66,6 +67,9 @@ class ModelConfig:
     """`load` reads the checkpoint's weights, `random` initialises from its config.json."""
     tokenizer: str | None = None
     """Tokenizer directory; null means model.hf."""
+    card: str | None = None
+    """A published model that model.hf must have the shape of, by its name in r1mega/models/cards; `r1mega plan` reads
+    its config.json from there where model.hf is not given. Null: whatever model.hf is."""
     moe_router_bias_update_rate: float = 0.0
     """Step of the auxiliary-loss-free expert balance after each update (V3: 0.001 in pre-training; in RL ours)."""
     router_balance_coef: float = 0.0
@@ -332,3 +336,4 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -10,32 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from r1mega.models import hf_fields
+from r1mega.models import cards, hf_fields
 from r1mega.models.param_map import Cut, Placement, Slot
 from r1mega.models.tables import placement_of, slots_of
 from r1mega.parallel import groups
 from r1mega.parallel.layout import Layout
 
-# The published config.json of DeepSeek-V3-Base, the fields that shape the model.
-V3 = {
-    "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
-    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256,
-    "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3,
-    "moe_layer_freq": 1, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-    "norm_topk_prob": True, "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
-    "rms_norm_eps": 1e-6, "vocab_size": 129280, "max_position_embeddings": 163840, "rope_theta": 10000,
-    "tie_word_embeddings": False, "initializer_range": 0.02, "num_nextn_predict_layers": 1, "ep_size": 1,
-    "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "bfloat16", "use_cache": True,
-    "rope_scaling": {
-        "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-    },
-    "quantization_config": {
-        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
-    },
-}  # fmt: skip
-FIELDS = replace(hf_fields.parse(V3, allow_fp8=True), num_mtp_layers=1)
+FIELDS = hf_fields.read(cards.folder("deepseek_v3_671b"), allow_fp8=True)
 
 Shapes = dict[str, tuple[int, ...]]
 
