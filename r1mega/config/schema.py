@@ -30,6 +30,7 @@ from r1mega.config.choices import (
     WandbMode,
 )
 from r1mega.config.schema_cluster import ClusterConfig
+from r1mega.config.schema_reward import RewardConfig
 from r1mega.config.schema_rollout import RolloutConfig, SglangConfig
 
 
@@ -172,18 +173,6 @@ class DataConfig:
     """Give each epoch its own order; false keeps the file's."""
     eval_limit: int | None = None
     """Evaluate on the first so many held-out rows only; null means all."""
-
-
-@dataclass
-class RewardConfig:
-    accuracy: float = 1.0
-    """Weight of the accuracy reward (R1: equal weights)."""
-    format: float = 1.0
-    """Weight of the format reward (R1: equal weights)."""
-    timeout_seconds: float = 5.0
-    """Hard limit on checking one answer; a check over it is killed and scores 0 (ours)."""
-    workers: int = 1
-    """Processes that check answers; 0 checks inside the training process, without the hard limit."""
 
 
 @dataclass
