@@ -36,6 +36,8 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("data.eval_limit", ((">=", 1),)),
     ("reward.accuracy", ((">=", 0),)),
     ("reward.format", ((">=", 0),)),
+    *((f"reward.{name}", ((">=", 0),)) for name in ("language", "length", "repetition", "helpful", "safety")),
+    ("reward.preference_from", ((">=", 0),)),
     ("reward.timeout_seconds", ((">", 0),)),
     ("reward.workers", ((">=", 0),)),
     ("rollout.engines", ((">=", 1),)),
