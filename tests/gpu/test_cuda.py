@@ -40,8 +40,12 @@ def test_transformer_engine_agrees_with_transformers_on_cpu(checkpoint, family):
     assert answer["max_rel_grad_diff"] <= 5e-2, answer["worst_tensor"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_rounds_on_one_gpu(checkpoint, tmp_path, precision):
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [("fp32", []), ("fp32", ["memory=lean"]), ("bf16", []), ("bf16", ["memory=lean"])],
+    ids=["fp32", "fp32 lean", "bf16", "bf16 lean"],
+)
+def test_two_rounds_on_one_gpu(checkpoint, tmp_path, precision, options):
     data = tmp_path / "train.jsonl"
     rows = [{"question": f"{a} plus {b}?", "answer": str(a + b)} for a in range(4) for b in range(4)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -50,7 +54,7 @@ def test_two_rounds_on_one_gpu(checkpoint, tmp_path, precision):
         sys.executable, "-m", "r1mega.cli", "train", "experiment=r1_zero_gsm8k", "device=cuda",
         f"precision={precision}", f"model.hf={checkpoint('deepseek_v3')}",
         f"data.train={data}", f"run.dir={run_dir}", "algo.updates=4",
-        "algo.questions_per_round=2", "algo.group_size=4", "rollout.max_tokens=24",
+        "algo.questions_per_round=2", "algo.group_size=4", "rollout.max_tokens=24", *options,
     ]  # fmt: skip
     result = subprocess.run(argv, capture_output=True, text=True, timeout=280, cwd=REPO)
     assert result.returncode == 0, result.stderr
