@@ -125,11 +125,7 @@ def measure(gigabytes: float, rounds: int) -> dict:
     """Seconds of each way and round, and whether the engine had what the trainer has."""
     layout = Layout.of(tp=1, cp=1, pp=1, vpp=1, ep=1, etp=1, dp=1, stages=None)
     world = groups.initialize(layout, "cuda", seed=0, timeout_minutes=5)
-    from r1mega.models import hf_fields
-    from r1mega.models.build import build_chunks
-    from r1mega.models.hf_config import ModelOptions
-    from r1mega.models.shard import ShardedModel
-    from r1mega.train.policy import checksum
+    sharded = random_model(gigabytes, world)
     from r1mega.weights.engine_layout import EngineLayout
     from r1mega.weights.exchange import Exchange
     from r1mega.weights.ipc import IpcPublisher
@@ -148,17 +144,7 @@ def measure(gigabytes: float, rounds: int) -> dict:
         def shards(self):
             return sharded.local
 
-    with tempfile.TemporaryDirectory(prefix="r1mega-publish-") as folder:
-        config = config_of(*choose_shape(int(gigabytes * 1e9)), is_fp8=False) | {"initializer_range": 0.02}
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        fields = hf_fields.read(folder)
-    sharded = ShardedModel(
-        build_chunks(fields, world, ModelOptions(params_dtype=torch.bfloat16)), fields, world, "torch"
-    )
-    with torch.no_grad():
-        for _, _, parameter in sharded.local:
-            parameter.normal_(std=0.02)
-    engine, receives = EngineLayout(tp=1, ep=1), Engine()
+    fields, engine, receives = sharded.fields, EngineLayout(tp=1, ep=1), Engine()
     plan = PublishPlan(fields, layout, [engine], dtype="bf16", bucket_bytes=BUCKET_BYTES)
     exchange = Exchange(plan, 0, 1, world.device, in_shared_memory=True)
 
@@ -168,16 +154,9 @@ def measure(gigabytes: float, rounds: int) -> dict:
         return lambda: publish(Weights(), 0)
 
     nbytes = sum(message.nbytes for message in plan.sends_of(0))
-    source, target = (torch.empty(BUCKET_BYTES, dtype=torch.uint8, device=world.device) for _ in range(2))
-
-    def copy() -> None:
-        for begin in range(0, nbytes, BUCKET_BYTES):
-            size = min(BUCKET_BYTES, nbytes - begin)
-            target[:size].copy_(source[:size])
-
-    ways = {"copy": copy, "handles": publisher(0.0), "checksums": publisher(1.0)}
+    ways = {"copy": copies_of(nbytes, world.device), "handles": publisher(0.0), "checksums": publisher(1.0)}
     ways["handles"]()
-    same, notices = compared(sharded, receives, checksum)
+    same, notices = compared(sharded, receives)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -192,8 +171,42 @@ def measure(gigabytes: float, rounds: int) -> dict:
     return {"bytes": nbytes, "same": same, "notices": notices, "seconds": seconds}
 
 
-def compared(sharded, receives: Engine, checksum: Callable[[torch.Tensor], int]) -> tuple[bool, bool]:
+def random_model(gigabytes: float, world: groups.Groups):
+    """A deepseek_v3 of random numbers in BF16 as one rank holds it; its `fields` besides."""
+    from r1mega.models import hf_fields
+    from r1mega.models.build import build_chunks
+    from r1mega.models.hf_config import ModelOptions
+    from r1mega.models.shard import ShardedModel
+
+    with tempfile.TemporaryDirectory(prefix="r1mega-publish-") as folder:
+        config = config_of(*choose_shape(int(gigabytes * 1e9)), is_fp8=False) | {"initializer_range": 0.02}
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        fields = hf_fields.read(folder)
+    chunks = build_chunks(fields, world, ModelOptions(params_dtype=torch.bfloat16))
+    sharded = ShardedModel(chunks, fields, world, "torch")
+    with torch.no_grad():
+        for _, _, parameter in sharded.local:
+            parameter.normal_(std=0.02)
+    sharded.fields = fields
+    return sharded
+
+
+def copies_of(nbytes: int, device: torch.device) -> Callable[[], None]:
+    """What copies so many bytes from one place of the GPU to another."""
+    source, target = (torch.empty(BUCKET_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def copy() -> None:
+        for begin in range(0, nbytes, BUCKET_BYTES):
+            size = min(BUCKET_BYTES, nbytes - begin)
+            target[:size].copy_(source[:size])
+
+    return copy
+
+
+def compared(sharded, receives: Engine) -> tuple[bool, bool]:
     """Whether the engine's tensors are the trainer's byte for byte; and whether a changed one would be seen."""
+    from r1mega.train.policy import checksum
+
     trainer = {name: checksum(tensor.to(torch.bfloat16)) for name, tensor in sharded.gather()}
     theirs = {name: value for name, value in receives.sums().items() if not name.endswith("e_score_correction_bias")}
     same = bool(theirs) and all(trainer[name] == value for name, value in theirs.items())

@@ -35,13 +35,15 @@ def test_fp32_losses_stay(sft_losses, lever):
 @pytest.mark.skipif(not HAS_TE, reason="Transformer Engine is not installed")
 @pytest.mark.parametrize("lever", TE_LEVERS)
 def test_losses_on_transformer_engine_stay(sft_losses, lever):
-    """bf16 has 8 bits of mantissa: where two experts score alike, rounding picks either."""
+    """The sum of eight losses within 0.5%. A bf16 run differs from its own repetition by 0.6% in a single loss, where two
+    experts score alike and rounding picks either, and by 0.05% in this sum; levers by 0.2% (docs/measured.md)."""
     base = ("precision=bf16", "device.layer_spec=te")
     plain, found = sft_losses(*base, updates=UPDATES), sft_losses(*base, *TE_LEVERS[lever], updates=UPDATES)
-    assert found == pytest.approx(plain, rel=1e-2)
+    assert sum(found) == pytest.approx(sum(plain), rel=5e-3)
 
 
 def test_another_learning_rate_is_noticed(sft_losses):
     """The comparison can fail: a learning rate of half is not within the tolerances above."""
     plain, found = sft_losses(updates=UPDATES), sft_losses("optim.lr=5e-4", updates=UPDATES)
     assert found != pytest.approx(plain, rel=1e-2)
+    assert sum(found) != pytest.approx(sum(plain), rel=5e-3)
