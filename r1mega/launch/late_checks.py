@@ -10,6 +10,7 @@ from r1mega.config import checkpoint_files
 from r1mega.config.check import longest_response
 from r1mega.config.choices import EngineKind, Init, Loop, Mtp
 from r1mega.config.schema import Config
+from r1mega.data.mixture import read_general
 from r1mega.data.prompts import read_qa, tokenize_prompts
 from r1mega.data.sft import read_sft, tokenize_sft
 from r1mega.models import hf_fields
@@ -31,12 +32,13 @@ def check_tokens(config: Config) -> list[str]:
         examples = tokenize_sft(read_sft(data.train), tokenizer, template, config.sft.max_length)
         return _check_vocabulary((example.token_ids for example in examples), fields)
     faults = []
-    for path in (data.train, data.eval):
-        if path is not None:
-            rows = read_qa(path, data.question_key, data.answer_key)
-            prompts = tokenize_prompts(rows, tokenizer, template, data.max_prompt_tokens)
-            faults += _check_vocabulary((prompt.token_ids for prompt in prompts), fields)
-            faults += _check_positions(prompts, config, fields)
+    files = [read_qa(path, data.question_key, data.answer_key) for path in (data.train, data.eval) if path is not None]
+    if data.general is not None:
+        files.append(read_general(data.general, data.question_key))
+    for rows in files:
+        prompts = tokenize_prompts(rows, tokenizer, template, data.max_prompt_tokens)
+        faults += _check_vocabulary((prompt.token_ids for prompt in prompts), fields)
+        faults += _check_positions(prompts, config, fields)
     return faults
 
 
