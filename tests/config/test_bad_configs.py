@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import subprocess
@@ -13,7 +14,6 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from r1mega.config import io
 from r1mega.config.faults import ConfigError
 from r1mega.config.schema import Config
 from r1mega.launch import local, preflight
@@ -107,6 +107,18 @@ def sound(section: Callable) -> Config:
     return config
 
 
+def overridden(config: Config, given: list[str]) -> Config:
+    """A copy with overrides, read as Hydra reads them; much faster than a whole composition."""
+    config, sections = copy.deepcopy(config), {}
+    for text in given:
+        section, _, rest = text.partition(".")
+        sections.setdefault(section, []).append(rest)
+    for section, fields in sections.items():
+        schema = OmegaConf.structured(getattr(config, section))
+        setattr(config, section, OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(fields))))
+    return config
+
+
 @pytest.fixture
 def answered(sound: Config, inputs, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], list[str]]:
     """`answered(overrides)` -> every fault that `r1mega train` answers with, having started and written nothing."""
@@ -125,10 +137,10 @@ def answered(sound: Config, inputs, monkeypatch: pytest.MonkeyPatch) -> Callable
         given = ["model.hf={model}", "data.train={qa}", "run.dir={run}", *overrides]
         for name, path in places.items():
             given = [text.replace(f"{{{name}}}", path) for text in given]
-        composed = OmegaConf.merge(OmegaConf.structured(sound), OmegaConf.from_dotlist(given))
+        config = overridden(sound, given)
         before = time.process_time()
         with pytest.raises(ConfigError) as refused:
-            answer(io.typed(composed))
+            answer(config)
         assert time.process_time() - before < LIMIT_SECONDS
         assert not inputs.run.exists()
         return [str(fault) for fault in refused.value.faults]

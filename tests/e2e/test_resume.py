@@ -165,6 +165,13 @@ def test_rl_goes_on_as_if_never_stopped(rl_runs, whole_rl, name):
     ]  # fmt: skip
 
 
+def test_longer_responses_come_with_their_update(whole_rl):
+    """In the run that the others are compared with, which are resumed and replayed on both sides of the change."""
+    rounds = sorted((whole_rl / "rounds").iterdir())
+    longest = [max(load_file(path)["lengths"].tolist()) for path in rounds]
+    assert longest == [24, 24, 32]
+
+
 def test_offloading_changes_nothing(rl_runs, whole_rl):
     assert_same_run(ended(rl_runs, "offloading"), whole_rl)
 
