@@ -35,6 +35,8 @@ def free_bytes(path: Path) -> int:
 
 def written(config: Config, fields: HfFields) -> list[Written]:
     """What the run writes and keeps, checkpoints, exports and published weights; a resumed run has the first ones."""
+    if config.stage.loop in (Loop.reject, Loop.evaluate):
+        return []  # texts, which are small
     count, run_dir = num_parameters(fields), Path(config.run.dir)
     weights = _bytes_of(config.precision.params)
     is_resumed = config.run.resume or config.run.resume_from is not None

@@ -36,7 +36,7 @@ COMPANIONS = {
     ("parallel", "tp4_pp2"): [("model", "r1_distill_qwen_7b")],
     **{("parallel", f"tp8{rest}"): [("model", "qwen2_5_32b")] for rest in ("", "_dp2", "_pp2_dp2", "_pp2_dp4")},
     ("parallel", "tp8_pp4_dp2"): [("model", "r1_distill_llama_70b")],
-    ("reward", "r1_all_scenario"): [("algo", "r1_reasoning")],
+    ("reward", "all_scenario_rl"): [("algo", "r1_reasoning")],
     ("sglang", "r1_671b"): [V3, GPU, ("rollout", "sglang")],
     ("sglang", "tp8_turns"): [GPU, ("rollout", "sglang")],
     ("precision", "fp8"): [GPU, V3],
