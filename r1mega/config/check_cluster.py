@@ -29,7 +29,8 @@ def takes_turns(config: Config) -> bool:
 
 
 def check_cluster(config: Config) -> Iterator[Fault]:
-    """Every accelerator of an allocation has its process, and every process its accelerator.
+    """Every accelerator of an allocation has its process, and every process its accelerator; without accelerators, no
+    more training processes than the machines take.
 
     Where the cluster is this machine, whatever it is (cluster=local), nothing is compared.
     """
@@ -40,7 +41,9 @@ def check_cluster(config: Config) -> Iterator[Fault]:
         return
     trainers, servers = trainer_ranks(config), server_ranks(config)
     if config.device.type is DeviceType.cpu:
-        servers = 0 if trainers else servers  # they share its cores
+        if trainers <= cluster.num_gpus:
+            return
+        servers = 0  # they share its cores
     has_both = bool(trainers and servers)
     found = f"cluster.nodes={cluster.nodes} x cluster.gpus_per_node={cluster.gpus_per_node} = {cluster.num_gpus}"
     layout = f"tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {parallel.dp} = {trainers}"
@@ -51,7 +54,8 @@ def check_cluster(config: Config) -> Iterator[Fault]:
         servers = 0
     if trainers + servers != cluster.num_gpus:
         got = " and servers of ".join(([layout] if trainers else []) + ([fleet] if servers else []))
-        constraint = f"must be {found}, one process on each"
+        at_most = "at most " if config.device.type is DeviceType.cpu else ""
+        constraint = f"must be {at_most}{found}, one process on each"
         if has_both and servers:
             constraint += " (trainer and servers have GPUs of their own, as sglang.release=false says)"
         field = "parallel.dp" if trainers else "rollout.engines"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from r1mega.config.check import check, longest_response
@@ -26,8 +26,9 @@ LATE_CHECKS: tuple[Check, ...] = (check_tensors, check_tokens, check_sglang)
 SFT_KEYS = ("prompt", "response")
 
 
-def require(config: Config, late_checks: Sequence[Check] = LATE_CHECKS) -> None:
-    """Raises ConfigError with every fault found; with one alone where the stage's loop is not there yet."""
+def require(config: Config, late_checks: Sequence[Check] = LATE_CHECKS, *, also: Iterable[Fault] = ()) -> None:
+    """Raises ConfigError with every fault found, those that the caller has found among them; with one alone where the
+    stage's loop is not there yet."""
     loop = config.stage.loop
     if loop not in EXISTING_LOOPS:
         name = config.stage.name or loop
@@ -37,7 +38,7 @@ def require(config: Config, late_checks: Sequence[Check] = LATE_CHECKS) -> None:
         raise ConfigError(
             [Fault("stage.loop", str(loop), constraint, "compose and plan it only, or choose another stage")]
         )
-    faults = find(config)
+    faults = [*also, *find(config)]
     if not faults:
         faults += [fault for late_check in late_checks for fault in _faults_of(late_check, config)]
     if faults:

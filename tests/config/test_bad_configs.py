@@ -82,9 +82,10 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["rollout.router_replay=true", "rollout.engines=2"], ["rollout.engines", "rollout.router_replay"]),
     (["memory.recompute=selective", "memory.recompute_modules=[moe_act]"], ["memory.recompute_modules"]),
     (["memory.recompute=full", "memory.recompute_num_layers=3"], ["memory.recompute_num_layers"]),
-    ([*SLURM], ["parallel.dp"]),
-    ([*SLURM, "parallel.dp=16", "parallel.ep=16"], ["parallel.ep"]),
-    ([*SLURM, *SFT, "parallel.dp=8", "sft.batch_size=4"], ["parallel.dp", "sft.batch_size"]),
+    ([*SLURM], ["cluster.scheduler"]),
+    ([*SLURM, "parallel.dp=16", "parallel.ep=16"], ["cluster.scheduler", "parallel.ep"]),
+    ([*SLURM, *SFT, "parallel.dp=32", "sft.batch_size=4"], ["cluster.scheduler", "parallel.dp", "sft.batch_size"]),
+    ([*SLURM, CUDA, "parallel.dp=4"], ["cluster.scheduler", "parallel.dp", "device.type"]),
     ([CUDA, "cluster.exact=true", "cluster.gpus_per_node=8"], ["parallel.dp", "device.type"]),
     (
         ["device.layer_spec=te", "precision.fp8=true"],

@@ -81,6 +81,11 @@ def test_a_server_larger_than_a_machine(config: Config) -> None:
 def test_machines_without_gpus_are_filled_by_training_processes(config: Config) -> None:
     config.device.type, config.rollout.engines, config.sglang.release = DeviceType.cpu, 5, False
     assert messages(config) == []
+    config.parallel.dp = 1
+    assert messages(config) == []
+    config.parallel.dp = 3
+    (found,) = messages(config)
+    assert found.startswith("parallel.dp: got tp 8 x cp 1 x pp 1 x dp 3 = 24; must be at most cluster.nodes=2")
 
 
 def test_this_machine_is_not_compared(config: Config) -> None:
