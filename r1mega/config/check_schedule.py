@@ -17,10 +17,19 @@ def check_schedule(config: Config) -> Iterator[Fault]:
 
 def _check_max_tokens(config: Config) -> Iterator[Fault]:
     rollout, name = config.rollout, "rollout.max_tokens_from"
-    changes = rollout.max_tokens_from or {}
+    for change in rollout.max_tokens_from:
+        if len(change) != 2:
+            yield Fault(
+                name, str(change), "must be a pair: an update and the tokens from there on", "write [UPDATE,TOKENS]"
+            )
+            return
+    changes = sorted(rollout.max_tokens_from)
     last = config.algo.updates if config.stage.loop is Loop.rl else 0
-    for start, tokens in sorted(changes.items()):
-        got = f"{{{start}: {tokens}}}"
+    starts = [start for start, _ in changes]
+    if len(set(starts)) < len(starts):
+        yield Fault(name, str(changes), "gives two lengths for one update", "take one of them out")
+    for start, tokens in changes:
+        got = f"[{start}, {tokens}]"
         if tokens < 1:
             yield Fault(name, got, "a response has at least 1 token", "give the longest response in tokens")
         if start < 1:
@@ -29,8 +38,8 @@ def _check_max_tokens(config: Config) -> Iterator[Fault]:
             constraint = f"no update from {start} on is done: algo.updates={config.algo.updates}"
             if config.stage.loop is not Loop.rl:
                 constraint = f"stage.loop={config.stage.loop} does no updates with rollouts"
-            yield Fault(name, got, constraint, f"take it out ({name}=null), or make the run longer")
-    lengths = [rollout.max_tokens, *(tokens for _, tokens in sorted(changes.items()))]
+            yield Fault(name, got, constraint, f"take it out ({name}=[]), or make the run longer")
+    lengths = [rollout.max_tokens, *(tokens for _, tokens in changes)]
     keeps = rollout.carry_partial or rollout.max_staleness > 0
     if keeps and lengths != sorted(lengths):
         constraint = "must not fall where sequences go on in a later round, in which they would be too long already"

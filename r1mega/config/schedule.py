@@ -6,18 +6,18 @@ Every value is a function of the configuration and the count alone: a resumed an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from r1mega.config.schema import Config
 
 
-def value_at(update: int, first: int, changes: Mapping[int, int] | None) -> int:
+def value_at(update: int, first: int, changes: Sequence[Sequence[int]]) -> int:
     """What holds at `update` (updates done before it, so the first one is update 0).
 
-    `changes` maps the update from which a value holds to the value; `first` holds before all of them.
+    `changes` are pairs of the update from which a value holds and the value, in any order; `first` holds before all.
     """
-    begun = [start for start in changes or {} if start <= update]
-    return changes[max(begun)] if begun and changes else first
+    begun = [(start, value) for start, value in changes if start <= update]
+    return max(begun)[1] if begun else first
 
 
 def max_tokens_at(config: Config, update: int) -> int:
@@ -27,8 +27,7 @@ def max_tokens_at(config: Config, update: int) -> int:
 
 def most_tokens(config: Config) -> tuple[str, int]:
     """The field that gives the longest response of any round, and its tokens."""
-    changes = config.rollout.max_tokens_from or {}
-    longest = max(changes.values(), default=0)
+    longest = max((change[-1] for change in config.rollout.max_tokens_from if change), default=0)
     if longest > config.rollout.max_tokens:
         return "rollout.max_tokens_from", longest
     return "rollout.max_tokens", config.rollout.max_tokens

@@ -55,10 +55,10 @@ BAD: list[tuple[list[str], list[str]]] = [
     ),
     (["algo.questions_per_round=1", "parallel.dp=32"], ["algo.updates_per_round"]),
     (["rollout.max_tokens=5000"], ["rollout.max_tokens"]),
-    (["rollout.max_tokens_from={50: 5000}"], ["rollout.max_tokens_from"]),
-    (["rollout.max_tokens_from={100: 2000, 0: 7}"], ["rollout.max_tokens_from"] * 2),
+    (["rollout.max_tokens_from=[[50,5000]]"], ["rollout.max_tokens_from"]),
+    (["rollout.max_tokens_from=[[100,2000],[0,7]]"], ["rollout.max_tokens_from"] * 2),
     (
-        ["rollout.max_tokens_from={50: 3500}", "algo.max_tokens_per_micro_batch=3600"],
+        ["rollout.max_tokens_from=[[50,3500]]", "algo.max_tokens_per_micro_batch=3600"],
         ["rollout.max_tokens_from"],
     ),
     (["data.general={qa}", "data.general_share=1"], ["data.general_share", "data.general"]),

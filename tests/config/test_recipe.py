@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from r1mega.config import io
 from r1mega.config.choices import EXISTING_LOOPS, Loop
 from r1mega.config.faults import ConfigError
 from r1mega.config.registry import options
@@ -108,3 +109,11 @@ def test_a_stage_whose_loop_does_not_exist_is_refused_with_that_reason_alone(exp
         (fault,) = refused.value.faults
         assert fault.field == "stage.loop" and f"loop of stage {config.stage.name} does not exist yet" in str(fault)
     assert {Loop.rl, Loop.sft} <= EXISTING_LOOPS
+
+
+@pytest.mark.parametrize(
+    ("override", "value"), [("[]", []), ("[[800,65536]]", [[800, 65536]]), ("[[1,2],[3,4]]", [[1, 2], [3, 4]])]
+)
+def test_a_schedule_can_be_replaced_on_the_command_line(composed, override: str, value: list) -> None:
+    config = io.typed(composed("experiment=r1_zero", f"rollout.max_tokens_from={override}"))
+    assert config.rollout.max_tokens_from == value

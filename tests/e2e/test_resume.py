@@ -45,7 +45,7 @@ def rl(checkpoint: Path, files: Path, run_dir: Path) -> list[str]:
         "experiment=r1_zero_gsm8k", f"model.hf={checkpoint}", f"data.train={files}/rl.jsonl", f"run.dir={run_dir}",
         "algo.updates=6", "algo.questions_per_round=2", "algo.group_size=4", "algo.updates_per_round=2",
         "algo.kl_coef=1.0", "algo.reference_refresh=4", "rollout.max_tokens=24", "optim.lr=1e-3",
-        "rollout.max_tokens_from={3: 32}",  # of the third round alone, which begins at update 4
+        "rollout.max_tokens_from=[[3,32]]",  # of the third round alone, which begins at update 4
         "optim.weight_decay=10", "model.moe_router_bias_update_rate=0.01", "checkpoint.every=2",
         "data.template=plain", "reward.workers=0", *COMMON,
     ]  # fmt: skip

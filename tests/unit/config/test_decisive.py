@@ -49,7 +49,7 @@ def test_what_may_change(config: Config, path: str, value: object) -> None:
         ("data.train", "other.jsonl"),
         ("rollout.temperature", 0.5),
         ("rollout.stop", ["x"]),
-        ("rollout.max_tokens_from", {8: 2048}),
+        ("rollout.max_tokens_from", [[8, 2048]]),
         ("data.general", "general.jsonl"),
         ("data.general_share", 0.25),
         ("reward.preference_from", 8),

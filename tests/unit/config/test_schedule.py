@@ -20,18 +20,18 @@ def config() -> Config:
 
 @pytest.mark.parametrize(("update", "value"), [(0, 1), (9, 1), (10, 2), (11, 2), (19, 2), (20, 3), (10**6, 3)])
 def test_a_value_holds_from_its_update_on(update: int, value: int) -> None:
-    assert value_at(update, 1, {20: 3, 10: 2}) == value
+    assert value_at(update, 1, [[20, 3], [10, 2]]) == value
 
 
 def test_without_changes_the_first_value_holds() -> None:
-    assert value_at(10**6, 7, None) == value_at(10**6, 7, {}) == 7
+    assert value_at(10**6, 7, []) == 7
 
 
 def test_the_longest_of_all_rounds(config: Config) -> None:
     assert most_tokens(config) == ("rollout.max_tokens", 100)
-    config.rollout.max_tokens_from = {500: 50}
+    config.rollout.max_tokens_from = [[500, 50]]
     assert most_tokens(config) == ("rollout.max_tokens", 100)
-    config.rollout.max_tokens_from = {500: 200, 700: 150}
+    config.rollout.max_tokens_from = [[700, 150], [500, 200]]
     assert most_tokens(config) == ("rollout.max_tokens_from", 200)
     assert [max_tokens_at(config, update) for update in (499, 500, 699, 700)] == [100, 200, 200, 150]
 
@@ -47,7 +47,7 @@ def messages(config: Config) -> list[str]:
 
 
 def test_a_sound_schedule(config: Config) -> None:
-    config.rollout.max_tokens_from = {500: 200}
+    config.rollout.max_tokens_from = [[500, 200]]
     config.reward.preference_from, config.reward.helpful, config.data.general = 999, 1.0, "general.jsonl"
     assert messages(config) == []
 
@@ -55,19 +55,23 @@ def test_a_sound_schedule(config: Config) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({500: 0}, "rollout.max_tokens_from: got {500: 0}; a response has at least 1 token"),
-        ({0: 200}, "rollout.max_tokens_from: got {0: 200}; update 0 has rollout.max_tokens"),
-        ({1000: 200}, "rollout.max_tokens_from: got {1000: 200}; no update from 1000 on is done: algo.updates=1000"),
+        ([[500, 0]], "rollout.max_tokens_from: got [500, 0]; a response has at least 1 token"),
+        ([[0, 200]], "rollout.max_tokens_from: got [0, 200]; update 0 has rollout.max_tokens"),
+        ([[1000, 200]], "rollout.max_tokens_from: got [1000, 200]; no update from 1000 on is done: algo.updates=1000"),
+        ([[500]], "rollout.max_tokens_from: got [500]; must be a pair"),
+        ([[]], "rollout.max_tokens_from: got []; must be a pair"),
+        ([[500, 1, 2]], "rollout.max_tokens_from: got [500, 1, 2]; must be a pair"),
+        ([[500, 200], [500, 300]], "rollout.max_tokens_from: got [[500, 200], [500, 300]]; gives two lengths for one"),
     ],
 )
-def test_lengths_that_cannot_be(config: Config, changes: dict[int, int], message: str) -> None:
+def test_lengths_that_cannot_be(config: Config, changes: list[list[int]], message: str) -> None:
     config.rollout.max_tokens_from = changes
     (found,) = messages(config)
     assert found.startswith(message)
 
 
 def test_lengths_fall_only_where_no_sequence_goes_on(config: Config) -> None:
-    config.rollout.max_tokens_from = {500: 50}
+    config.rollout.max_tokens_from = [[500, 50]]
     assert messages(config) == []
     config.rollout.max_staleness = 1
     (found,) = messages(config)

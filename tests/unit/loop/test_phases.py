@@ -49,7 +49,7 @@ def test_a_round_without_such_tokens(run) -> None:
 def a_run(update: int) -> SimpleNamespace:
     """A run at `update` whose rollouts and evaluations note what they are asked for."""
     config = schema.Config()
-    config.rollout.max_tokens, config.rollout.max_tokens_from = 10, {8: 20}
+    config.rollout.max_tokens, config.rollout.max_tokens_from = 10, [[8, 20]]
     config.algo.updates, config.algo.updates_per_round = 16, 4
     noted: list[tuple[str, object]] = []
 
