@@ -8,11 +8,25 @@ import operator
 from collections.abc import Iterator
 from pathlib import Path
 
+from r1mega.config.check_cluster import check_cluster
 from r1mega.config.check_engines import check_engines
+from r1mega.config.check_schedule import check_schedule
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
-from r1mega.config.choices import DataFormat, DeviceType, Dispatcher, Init, LayerSpec, Loop, Mtp, ParamDtype, Recompute
+from r1mega.config.choices import (
+    GENERATING_LOOPS,
+    DataFormat,
+    DeviceType,
+    Dispatcher,
+    Init,
+    LayerSpec,
+    Loop,
+    Mtp,
+    ParamDtype,
+    Recompute,
+)
 from r1mega.config.faults import Fault
 from r1mega.config.io import FILE_NAME
+from r1mega.config.schedule import most_tokens
 from r1mega.config.schema import Config
 
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -34,6 +48,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("logger.keep_rounds", ((">=", 0),)),
     ("data.max_prompt_tokens", ((">=", 1),)),
     ("data.eval_limit", ((">=", 1),)),
+    ("data.general_share", ((">", 0), ("<", 1))),
     ("reward.accuracy", ((">=", 0),)),
     ("reward.format", ((">=", 0),)),
     *((f"reward.{name}", ((">=", 0),)) for name in ("language", "length", "repetition", "helpful", "safety")),
@@ -117,33 +132,40 @@ RECOMPUTED = ("core_attn", "mlp", "moe", "shared_experts")
 RECOMPUTED_BY_TE = (*RECOMPUTED, "mla_up_proj", "layernorm", "moe_act")
 
 
-def check(config: Config) -> list[Fault]:
-    """All faults of the configuration itself: bounds, rules between fields, run directory, checkpoint files."""
+def check(config: Config, *, here: bool = True) -> list[Fault]:
+    """All faults of the configuration itself: bounds, rules between fields, run directory, checkpoint files.
+
+    With `here` false, of what would be started somewhere else: nothing is asked of this machine, neither its files nor
+    its packages.
+    """
+    bounds = list(_check_bounds(config))
     faults = [
-        *_check_bounds(config),
-        *_check_run_dir(config),
-        *_check_checkpoint(config),
-        *_check_device(config),
-        *check_engines(config),
-        *_check_data(config),
+        *bounds,
+        *(_check_run_dir(config) if here else ()),
+        *(_check_checkpoint(config) if here else ()),
+        *_check_device(config, here),
+        *check_cluster(config),
+        *check_engines(config, here=here),
+        *_check_data(config, here),
+        *check_schedule(config),
         *_check_rewards(config),
         *_check_optim(config),
         *_check_lengths(config),
         *_check_memory(config),
         *_check_saving(config),
     ]
-    if not any(fault.field.startswith(("algo.", "sft.", "parallel.dp")) for fault in faults):
+    if not any(fault.field.startswith(("algo.", "sft.", "parallel.dp")) for fault in bounds):
         faults += _check_batch(config)
     return faults
 
 
 def longest_response(config: Config) -> tuple[str, int]:
     """The field that decides the longest text the run produces (sft: learns from, prompt included), and its tokens."""
-    if config.stage.loop is Loop.sft:
+    if config.stage.loop not in GENERATING_LOOPS:
         return "sft.max_length", config.sft.max_length
-    if config.data.eval is not None and (config.evaluate.max_tokens or 0) > config.rollout.max_tokens:
+    if config.data.eval is not None and (config.evaluate.max_tokens or 0) > most_tokens(config)[1]:
         return "evaluate.max_tokens", config.evaluate.max_tokens or 0
-    return "rollout.max_tokens", config.rollout.max_tokens
+    return most_tokens(config)
 
 
 def value_at(config: Config, path: str) -> object:
@@ -178,7 +200,9 @@ def _check_run_dir(config: Config) -> Iterator[Fault]:
 
 def _check_checkpoint(config: Config) -> Iterator[Fault]:
     if not config.model.hf:
-        yield Fault("model.hf", "nothing", "must name a Hugging Face checkpoint directory", "set model.hf=DIR")
+        made_from = f" (made from {config.model.base})" if config.model.base else ""
+        remedy = f"set model.hf=DIR{made_from}"
+        yield Fault("model.hf", "nothing", "must name a Hugging Face checkpoint directory", remedy)
         return
     directory = Path(config.model.hf)
     if not directory.is_dir():
@@ -192,17 +216,17 @@ def _check_checkpoint(config: Config) -> Iterator[Fault]:
         yield from check_weights(directory, "model.hf")
 
 
-def _check_device(config: Config) -> Iterator[Fault]:
+def _check_device(config: Config, here: bool) -> Iterator[Fault]:
     if config.device.layer_spec is LayerSpec.te:
         if config.device.type is DeviceType.cpu:
             yield Fault("device.layer_spec", "te", "Transformer Engine needs a GPU", "use device.layer_spec=torch")
-        elif importlib.util.find_spec("transformer_engine") is None:
+        elif here and importlib.util.find_spec("transformer_engine") is None:
             remedy = "install the gpu extra (pip install -e '.[gpu]') or use device.layer_spec=torch"
             yield Fault("device.layer_spec", "te", "transformer_engine is not installed", remedy)
-    yield from _check_gpu_only(config)
+    yield from _check_gpu_only(config, here)
 
 
-def _check_gpu_only(config: Config) -> Iterator[Fault]:
+def _check_gpu_only(config: Config, here: bool) -> Iterator[Fault]:
     """What was asked for and is not to be had here is refused, never left out in silence."""
     parallel, precision, device = config.parallel, config.precision, config.device
     wanted = [
@@ -215,7 +239,7 @@ def _check_gpu_only(config: Config) -> Iterator[Fault]:
         value = str(value_at(config, field)).lower()
         if is_on and device.type is DeviceType.cpu:
             yield Fault(field, value, "needs a GPU (device=cuda)", f"take {field} back to its default")
-        elif is_on and importlib.util.find_spec(package) is None:
+        elif is_on and here and importlib.util.find_spec(package) is None:
             yield Fault(field, value, f"{package} is not installed", f"install it, or take {field} back to its default")
     if precision.fp8 and device.layer_spec is not LayerSpec.te:
         constraint = "its matrix products are Transformer Engine's"
@@ -263,13 +287,13 @@ def _check_saving(config: Config) -> Iterator[Fault]:
         yield Fault("checkpoint.keep_best", str(best), f"{metric} needs an evaluation", "set data.eval or keep_best=0")
 
 
-def _check_data(config: Config) -> Iterator[Fault]:
+def _check_data(config: Config, here: bool) -> Iterator[Fault]:
     data, loop = config.data, config.stage.loop
-    wanted = DataFormat.qa if loop is Loop.rl else DataFormat.sft
-    if data.format is not wanted:
-        remedy = f"use data={wanted.value}, or stage={'sft' if loop is Loop.rl else 'rl'}"
+    wanted = {Loop.rl: DataFormat.qa, Loop.reject: DataFormat.qa, Loop.sft: DataFormat.sft}.get(loop)
+    if wanted is not None and data.format is not wanted:
+        remedy = f"use data={wanted.value}, or stage={'rl' if loop is Loop.sft else 'sft'}"
         yield Fault("data.format", data.format.value, f"stage.loop={loop.value} reads {wanted.value} rows", remedy)
-    if not data.train:
+    if here and not data.train and loop is not Loop.evaluate:
         yield Fault("data.train", "nothing", "must name a JSONL file", "set data.train=FILE.jsonl")
     if data.eval is not None and loop is Loop.sft:
         yield Fault("data.eval", data.eval, "stage.loop=sft has no held-out evaluation", "set data.eval=null")
@@ -283,9 +307,8 @@ def _check_rewards(config: Config) -> Iterator[Fault]:
 
 def _check_optim(config: Config) -> Iterator[Fault]:
     optim = config.optim
-    updates, field = (
-        (config.algo.updates, "algo.updates") if config.stage.loop is Loop.rl else (config.sft.updates, "sft.updates")
-    )
+    has_rounds = config.stage.loop in GENERATING_LOOPS
+    updates, field = (config.algo.updates, "algo.updates") if has_rounds else (config.sft.updates, "sft.updates")
     if optim.min_lr > optim.lr:
         constraint = f"must be at most optim.lr={optim.lr}"
         yield Fault("optim.min_lr", str(optim.min_lr), constraint, "lower optim.min_lr or raise optim.lr")
@@ -295,8 +318,10 @@ def _check_optim(config: Config) -> Iterator[Fault]:
 
 
 def _check_batch(config: Config) -> Iterator[Fault]:
-    algo, dp = config.algo, config.parallel.dp
-    if config.stage.loop is Loop.sft:
+    algo, dp, loop = config.algo, config.parallel.dp, config.stage.loop
+    if loop in (Loop.reject, Loop.evaluate):
+        return  # nothing is trained on
+    if loop is not Loop.rl:
         if config.sft.batch_size < dp:
             constraint = f"must be at least parallel.dp={dp}: each replica needs a sequence"
             yield Fault("sft.batch_size", str(config.sft.batch_size), constraint, "raise sft.batch_size")
@@ -324,14 +349,16 @@ def _check_batch(config: Config) -> Iterator[Fault]:
 
 def _check_lengths(config: Config) -> Iterator[Fault]:
     """The longest sequence must fit one micro-batch. (Evaluation only generates, so its length does not count here.)"""
-    sft, data, rollout = config.sft, config.data, config.rollout
-    if config.stage.loop is Loop.sft:
+    sft, data = config.sft, config.data
+    if config.stage.loop in (Loop.reject, Loop.evaluate):
+        return
+    if config.stage.loop is not Loop.rl:
         section, field, got, longest = "sft", "sft.max_length", str(sft.max_length), sft.max_length
         limit = sft.max_tokens_per_micro_batch
     else:
-        section, field = "algo", "rollout.max_tokens"
-        got = f"{rollout.max_tokens} after prompts of up to data.max_prompt_tokens={data.max_prompt_tokens}"
-        longest, limit = data.max_prompt_tokens + rollout.max_tokens, config.algo.max_tokens_per_micro_batch
+        section, (field, response) = "algo", most_tokens(config)
+        got = f"{response} after prompts of up to data.max_prompt_tokens={data.max_prompt_tokens}"
+        longest, limit = data.max_prompt_tokens + response, config.algo.max_tokens_per_micro_batch
     if longest > limit:
         name = f"{section}.max_tokens_per_micro_batch"
         constraint = f"the longest sequence, {longest} tokens, must fit {name}={limit}"

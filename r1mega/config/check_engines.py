@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from r1mega.config.choices import (
+    GENERATING_LOOPS,
     DeviceType,
     EngineDtype,
     EngineKind,
@@ -19,14 +20,15 @@ from r1mega.config.choices import (
     Transport,
 )
 from r1mega.config.faults import Fault
+from r1mega.config.schedule import most_tokens
 from r1mega.config.schema import Config
 
 # A server of a large model reads its files, compiles and records CUDA graphs before it first answers.
 _STARTUP_SECONDS = 300.0
 
 
-def check_engines(config: Config) -> Iterator[Fault]:
-    """Faults of `rollout.engine`, `rollout.engines` and, where it is asked for, of `sglang`."""
+def check_engines(config: Config, *, here: bool = True) -> Iterator[Fault]:
+    """Faults of `rollout.engine`, `rollout.engines` and, where it is asked for, of `sglang`; see check.check."""
     if config.stage.loop is Loop.rl:
         yield from _check_streaming(config)
     if config.rollout.engine is EngineKind.embedded:
@@ -38,8 +40,8 @@ def check_engines(config: Config) -> Iterator[Fault]:
         if config.rollout.router_replay and config.stage.loop is Loop.rl:
             constraint = "the embedded engine does not tell which experts it chose"
             yield Fault("rollout.router_replay", "true", constraint, "use rollout=sglang, or set it to false")
-    elif config.stage.loop is Loop.rl:
-        yield from _check_servers(config)
+    elif config.stage.loop in GENERATING_LOOPS:
+        yield from _check_servers(config, here)
 
 
 def _check_streaming(config: Config) -> Iterator[Fault]:
@@ -62,9 +64,9 @@ def _check_streaming(config: Config) -> Iterator[Fault]:
         yield Fault("rollout.carry_partial", "true", constraint, "raise rollout.over_sampling, or set it to false")
 
 
-def _check_servers(config: Config) -> Iterator[Fault]:
+def _check_servers(config: Config, here: bool) -> Iterator[Fault]:
     sglang = config.sglang
-    if shutil.which(sglang.python) is None:
+    if here and shutil.which(sglang.python) is None:
         constraint = "must be the Python of an environment with SGLang"
         remedy = "make it (without a GPU: make sglang-cpu) or set sglang.python; or use rollout=embedded"
         yield Fault("sglang.python", os.path.abspath(sglang.python), constraint, remedy)
@@ -82,9 +84,9 @@ def _check_servers(config: Config) -> Iterator[Fault]:
     if sglang.recovery_copy and sglang.transport is Transport.disk:
         constraint = "sglang.transport=disk writes each version already"
         yield Fault("sglang.recovery_copy", "true", constraint, "set it to false")
-    yield from _check_places(config)
+    yield from _check_places(config, here)
     yield from _check_groups(config)
-    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    longest = config.data.max_prompt_tokens + most_tokens(config)[1]
     cached = sglang.cached_tokens(config.device.type)
     if cached is not None and 1 <= cached < longest:
         constraint = f"must hold the longest prompt and response, {longest} tokens"
@@ -137,14 +139,14 @@ def _check_redundant_experts(config: Config) -> Iterator[Fault]:
         yield Fault("sglang.redundant_experts", got, constraint, remedy)
 
 
-def _check_places(config: Config) -> Iterator[Fault]:
+def _check_places(config: Config, here: bool) -> Iterator[Fault]:
     """Where servers are, and what stands before them."""
     sglang, engines = config.sglang, config.rollout.engines
     if sglang.transport is Transport.ipc and (sglang.hosts or sglang.nodes_per_engine > 1):
         constraint = "handles of memory go to processes of the same machine"
         yield Fault("sglang.transport", "ipc", constraint, "use disk, or neither sglang.hosts nor nodes_per_engine")
     if sglang.hosts:
-        yield from _check_hosts(config)
+        yield from _check_hosts(config, here)
     elif sglang.remote is not None:
         constraint = "starts servers on sglang.hosts, which is empty"
         yield Fault("sglang.remote", sglang.remote, constraint, "name the hosts or leave it out")
@@ -172,7 +174,7 @@ def _check_turns(config: Config) -> Iterator[Fault]:
         yield Fault("sglang.release", "true", constraint, "set one of them to its default")
 
 
-def _check_hosts(config: Config) -> Iterator[Fault]:
+def _check_hosts(config: Config, here: bool) -> Iterator[Fault]:
     sglang = config.sglang
     wanted = config.rollout.engines * sglang.nodes_per_engine
     if len(sglang.hosts) != wanted:
@@ -182,7 +184,7 @@ def _check_hosts(config: Config) -> Iterator[Fault]:
     if not any("{host}" in word for word in words):
         constraint = "must say how a command is started on one of sglang.hosts, with {host} in it"
         yield Fault("sglang.remote", str(sglang.remote), constraint, "such as `ssh {host}`")
-    elif shutil.which(words[0]) is None:
+    elif here and shutil.which(words[0]) is None:
         yield Fault("sglang.remote", words[0], "is no program of this machine", "install it or name another")
     if sglang.weights_dir is None or not Path(sglang.weights_dir).is_absolute() or len(sglang.weights_dir.split()) != 1:
         constraint = "must be a folder that all sglang.hosts see, absolute and without blanks"

@@ -5,7 +5,11 @@ from __future__ import annotations
 from enum import StrEnum
 
 # OmegaConf reads an enum by member name and writes it by member name, so every member is named as its value.
-Loop = StrEnum("Loop", ["rl", "sft"])
+Loop = StrEnum("Loop", ["rl", "sft", "reject", "reward_model", "evaluate"])
+# Those that can be trained or run; a stage of another one composes, is planned, and is refused when it is started.
+EXISTING_LOOPS = frozenset({Loop.rl, Loop.sft})
+# Those that ask engines for text.
+GENERATING_LOOPS = frozenset({Loop.rl, Loop.reject, Loop.evaluate})
 Init = StrEnum("Init", ["load", "random"])
 ParamDtype = StrEnum("ParamDtype", ["fp32", "bf16"])
 EngineDtype = StrEnum("EngineDtype", ["fp32", "bf16", "fp8"])

@@ -15,11 +15,19 @@ from r1mega.config.schema import Config
 _SECTIONS = ("stage", "model", "precision", "reward", "algo", "sft", "optim")
 _FIELDS = {
     "run": ("seed",),
-    "data": ("train", "format", "question_key", "answer_key", "template", "max_prompt_tokens", "shuffle"),
-    "rollout": ("temperature", "top_p", "max_tokens", "stop", "over_sampling", "carry_partial", "max_staleness"),
-}
-# Within those sections: numbers that change no result but where rounding does.
-_INDIFFERENT = {"algo.max_tokens_per_micro_batch", "sft.max_tokens_per_micro_batch"}
+    "data": (
+        "train", "format", "question_key", "answer_key", "template", "max_prompt_tokens", "shuffle", "general",
+        "general_share",
+    ),
+    "rollout": (
+        "temperature", "top_p", "max_tokens", "max_tokens_from", "stop", "over_sampling", "carry_partial",
+        "max_staleness",
+    ),
+}  # fmt: skip
+# Within those sections: numbers that change no result but where rounding does, and names.
+_INDIFFERENT = {
+    "algo.max_tokens_per_micro_batch", "sft.max_tokens_per_micro_batch", "stage.name", "model.card", "model.base",
+}  # fmt: skip
 
 
 def decisive(config: Config) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _default_text(value: ast.expr | None) -> str | None:
     if text == "MISSING":
         return None
     if text.startswith("field("):
-        return "[]"
+        return "{}" if text == "field(default_factory=dict)" else "[]"
     if isinstance(value, ast.Attribute):  # an enum member such as Template.r1_zero
         return value.attr
     return {"None": "null", "True": "true", "False": "false"}.get(text, text.strip("'"))

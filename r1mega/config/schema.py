@@ -56,7 +56,10 @@ class RunConfig:
 @dataclass
 class StageConfig:
     loop: Loop = MISSING
-    """Which loop runs: `rl` (GRPO) or `sft` (supervised fine-tuning)."""
+    """Which loop runs: `rl` (GRPO), `sft` (supervised fine-tuning), `reject` (rejection sampling), `reward_model` or
+    `evaluate`."""
+    name: str | None = None
+    """Which stage of a recipe this is, for people; null: none of them."""
 
 
 @dataclass
@@ -71,6 +74,8 @@ class ModelConfig:
     card: str | None = None
     """A published model that model.hf must have the shape of, by its name in r1mega/models/cards; `r1mega plan` reads
     its config.json from there where model.hf is not given. Null: whatever model.hf is."""
+    base: str | None = None
+    """Name of the published checkpoint that model.hf is made from, for people and messages."""
     moe_router_bias_update_rate: float = 0.0
     """Step of the auxiliary-loss-free expert balance after each update (V3: 0.001 in pre-training; in RL ours)."""
     router_balance_coef: float = 0.0
@@ -171,6 +176,11 @@ class DataConfig:
     """Longest prompt accepted; a longer one is refused before the run starts (ours)."""
     shuffle: bool = True
     """Give each epoch its own order; false keeps the file's."""
+    general: str | None = None
+    """JSONL file of general questions, which have no reference answer: mixed in from update reward.preference_from on
+    and judged by reward models. A row may say its `domain` (`helpful`, `safety`); without one it is `general`."""
+    general_share: float = 0.5
+    """Share of general questions among those asked from then on (R1: 78K of 158K prompts; this default is ours)."""
     eval_limit: int | None = None
     """Evaluate on the first so many held-out rows only; null means all."""
 

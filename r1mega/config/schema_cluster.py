@@ -13,6 +13,8 @@ class ClusterConfig:
     """What starts processes: `local`, this machine, or `slurm` (`r1mega submit`)."""
     nodes: int = 1
     """Number of machines."""
+    exact: bool = False
+    """A run on GPUs must fill these machines with its processes, no more and no fewer; under Slurm it always must."""
     gpus_per_node: int = 1
     """Accelerators of each, one training process on each; on CPU the training processes of each machine."""
     gpu_memory_gib: float = 80.0

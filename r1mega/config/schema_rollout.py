@@ -29,6 +29,9 @@ class RolloutConfig:
     """Nucleus sampling mass (ours)."""
     max_tokens: int = 1024
     """Longest response in tokens (R1-Zero: 32,768, from update 8,200 on 65,536; this default is ours)."""
+    max_tokens_from: list[list[int]] = field(default_factory=list)
+    """Later values of max_tokens as [update, tokens], each from that update on, e.g. [[8200,65536]]. A round takes the
+    value of its first update."""
     stop: list[str] = field(default_factory=list)
     """Strings that end a response and stay in it; the end-of-sequence token always ends one."""
     max_batch: int = 256

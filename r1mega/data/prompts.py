@@ -59,6 +59,9 @@ class PromptSource:
         """The epoch the last prompt was taken from, counted from 0."""
         return self._order.epoch
 
+    def at(self, update: int) -> None:
+        """The next questions are for a round that begins at `update`; these are the same at any time."""
+
     def next(self, count: int) -> list[Prompt]:
         """The next `count` prompts; over the end of an epoch it goes on with the next epoch."""
         return [self._prompts[index] for index in self._order.next(count)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from r1mega.config import checkpoint_files
 from r1mega.config.check import longest_response
-from r1mega.config.choices import EngineKind, Init, Loop, Mtp
+from r1mega.config.choices import EngineKind, Init, Loop, Mtp, Transport
 from r1mega.config.schema import Config
+from r1mega.data.mixture import read_general
 from r1mega.data.prompts import read_qa, tokenize_prompts
 from r1mega.data.sft import read_sft, tokenize_sft
 from r1mega.models import hf_fields
@@ -31,12 +33,13 @@ def check_tokens(config: Config) -> list[str]:
         examples = tokenize_sft(read_sft(data.train), tokenizer, template, config.sft.max_length)
         return _check_vocabulary((example.token_ids for example in examples), fields)
     faults = []
-    for path in (data.train, data.eval):
-        if path is not None:
-            rows = read_qa(path, data.question_key, data.answer_key)
-            prompts = tokenize_prompts(rows, tokenizer, template, data.max_prompt_tokens)
-            faults += _check_vocabulary((prompt.token_ids for prompt in prompts), fields)
-            faults += _check_positions(prompts, config, fields)
+    files = [read_qa(path, data.question_key, data.answer_key) for path in (data.train, data.eval) if path is not None]
+    if data.general is not None:
+        files.append(read_general(data.general, data.question_key))
+    for rows in files:
+        prompts = tokenize_prompts(rows, tokenizer, template, data.max_prompt_tokens)
+        faults += _check_vocabulary((prompt.token_ids for prompt in prompts), fields)
+        faults += _check_positions(prompts, config, fields)
     return faults
 
 
@@ -72,6 +75,8 @@ def check_sglang(config: Config) -> list[str]:
     wanted = {"sglang": ("SGLang", SGLANG_VERSION)}
     if config.sglang.router:
         wanted["sglang-router"] = ("sglang-router", ROUTER_VERSION)
+    if config.sglang.transport is Transport.ipc:
+        wanted["torch"] = ("torch", version("torch"))
     asks = "; ".join(f"print(version({package!r}))" for package in wanted)
     program = f"from importlib.metadata import version; {asks}"
     try:
@@ -80,14 +85,21 @@ def check_sglang(config: Config) -> list[str]:
         return [f"sglang.python: got {python}; cannot be run ({error}); name the Python of SGLang's environment"]
     found = asked.stdout.split()
     faults = []
-    for i, (name, version) in enumerate(wanted.values()):
-        if i >= len(found) or found[i] != version:
+    for i, (name, expected) in enumerate(wanted.values()):
+        if i < len(found) and name == "torch" and release(found[i]) == release(expected):
+            continue  # handles of memory are pickled in a form that belongs to a release
+        if i >= len(found) or found[i] != expected:
             faults.append(
-                f"sglang.python: {python} has {name} {found[i] if i < len(found) else 'none'}; must have {version}, "
+                f"sglang.python: {python} has {name} {found[i] if i < len(found) else 'none'}; must have {expected}, "
                 "whose interface is the one used; install it there (without a GPU: make sglang-cpu)"
             )
             break  # what comes after a missing package was not asked for
     return faults
+
+
+def release(version: str) -> list[str]:
+    """Major and minor number of a version."""
+    return version.split(".")[:2]
 
 
 def check_tensors(config: Config) -> list[str]:

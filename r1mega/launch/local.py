@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 
 from r1mega.config import io
-from r1mega.config.choices import DeviceType, EngineKind, Loop
+from r1mega.config.choices import DeviceType, EngineKind, Loop, Scheduler
+from r1mega.config.faults import Fault
 from r1mega.config.schema import Config
 from r1mega.launch import preflight, replays, resume, rundir, supervise
 from r1mega.launch.engines import EngineFleet, fleet_of
@@ -22,6 +23,8 @@ def run(config: Config) -> int:
 
     Raises ConfigError before anything is written or started when the configuration has faults.
     """
+    if config.cluster.scheduler is not Scheduler.local:
+        preflight.require(config, also=[_starts_elsewhere(config)])
     preflight.require(config)
     resume.prepare(config)
     config_path = rundir.create(config)
@@ -29,6 +32,12 @@ def run(config: Config) -> int:
     has_servers = config.stage.loop is Loop.rl and config.rollout.engine is EngineKind.sglang
     fleet = fleet_of(config, log_dir) if has_servers else None
     return _run_workers(config, config_path, log_dir, fleet=fleet)
+
+
+def _starts_elsewhere(config: Config) -> Fault:
+    """The fault of a run that is to be a job: its hundreds of processes must not start on a login node."""
+    constraint = "r1mega train starts all processes on this machine"
+    return Fault("cluster.scheduler", str(config.cluster.scheduler), constraint, "submit the run, or use cluster=local")
 
 
 def replay(run_dir: Path, round_number: int, update: int) -> int:

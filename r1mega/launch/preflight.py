@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from r1mega.config.check import check, longest_response
+from r1mega.config.check_versions import check_versions
 from r1mega.config.checkpoint_files import read_json_object
-from r1mega.config.choices import DataFormat, Loop, Recompute
+from r1mega.config.choices import EXISTING_LOOPS, GENERATING_LOOPS, DataFormat, Loop, Recompute
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.data.jsonl import read_rows
+from r1mega.launch.check_card import card_fields, check_card
+from r1mega.launch.check_disk import check_disk
 from r1mega.launch.late_checks import check_sglang, check_tensors, check_tokens
 from r1mega.models import fp8, hf_fields
+from r1mega.models.hf_fields import HfFields
 from r1mega.parallel.layout import Layout
 
 # Checks that need sound input (they tokenize, for example) run after all others have passed. Each returns its faults,
@@ -22,28 +26,60 @@ LATE_CHECKS: tuple[Check, ...] = (check_tensors, check_tokens, check_sglang)
 SFT_KEYS = ("prompt", "response")
 
 
-def require(config: Config, late_checks: Sequence[Check] = LATE_CHECKS) -> None:
-    """Raises ConfigError with every fault found."""
-    faults: list[Fault | str] = list(check(config))
-    sizes_are_sound = not any(isinstance(fault, Fault) and fault.field.startswith("parallel.") for fault in faults)
-    if config.model.hf and Path(config.model.hf).is_dir():
-        faults += _check_model(config, sizes_are_sound)
-    faults += _check_rows(config)
+def require(config: Config, late_checks: Sequence[Check] = LATE_CHECKS, *, also: Iterable[Fault] = ()) -> None:
+    """Raises ConfigError with every fault found, those that the caller has found among them; with one alone where the
+    stage's loop is not there yet."""
+    loop = config.stage.loop
+    if loop not in EXISTING_LOOPS:
+        name = config.stage.name or loop
+        constraint = (
+            f"the loop of stage {name} does not exist yet; those that do are {', '.join(sorted(EXISTING_LOOPS))}"
+        )
+        raise ConfigError(
+            [Fault("stage.loop", str(loop), constraint, "compose and plan it only, or choose another stage")]
+        )
+    faults = [*also, *find(config)]
     if not faults:
         faults += [fault for late_check in late_checks for fault in _faults_of(late_check, config)]
     if faults:
         raise ConfigError(faults)
 
 
+def find(config: Config, *, here: bool = True) -> list[Fault | str]:
+    """Every fault that can be found without reading whole files, of any stage.
+
+    With `here` false, of a run that would be started somewhere else: this machine's files, packages and disk are not
+    asked, and the model is that of `model.card` where there is one.
+    """
+    faults: list[Fault | str] = list(check(config, here=here))
+    if here:
+        faults += check_versions(config)
+    sizes_are_sound = all(size >= 1 for size in config.parallel.sizes().values() if isinstance(size, int))
+    directory = Path(config.model.hf) if config.model.hf and Path(config.model.hf).is_dir() else None
+    fields: HfFields | None = None
+    if directory is not None and (here or config.model.card is None):
+        fields = _read_model(directory, faults)
+        faults += check_card(config, fields)
+    else:
+        faults += check_card(config, None)
+        fields = card_fields(config)
+    if fields is not None:
+        faults += _check_model(config, fields, sizes_are_sound)
+    if here and fields is not None and config.run.dir:
+        faults += check_disk(config, fields)
+    return faults + (_check_rows(config) if here else [])
+
+
 def _check_rows(config: Config) -> list[str]:
     data = config.data
     qa_keys = (data.question_key, data.answer_key)
     files = [("data.train", data.train, qa_keys if data.format is DataFormat.qa else SFT_KEYS)]
-    if data.eval is not None and config.stage.loop is Loop.rl:
-        files.append(("data.eval", data.eval, qa_keys))
+    if config.stage.loop is Loop.rl:
+        files += [("data.eval", data.eval, qa_keys)] if data.eval is not None else []
+        files += [("data.general", data.general, qa_keys[:1])] if data.general is not None else []
     faults = []
     for field, path, keys in files:
-        key_remedy = ", or set data.question_key, data.answer_key" if keys is qa_keys else ""
+        key_remedy = ", or set data.question_key, data.answer_key" if keys != SFT_KEYS else ""
         try:
             if path:
                 read_rows(path, keys)
@@ -68,23 +104,29 @@ def _check_recomputation(config: Config, layout: Layout, num_layers: int) -> lis
     return [Fault("memory.recompute_num_layers", str(group), constraint, "set it to 1")]
 
 
-def _check_model(config: Config, sizes_are_sound: bool) -> list[Fault | str]:
-    path = Path(config.model.hf) / "config.json"
+def _read_model(directory: Path, faults: list[Fault | str]) -> HfFields | None:
+    """The fields of a checkpoint; None where they cannot be had, and why is added to `faults`."""
+    path = directory / "config.json"
     try:
         read_json_object(path)
     except ValueError as error:
-        return [Fault("model.hf", f"{path}: {error}", "must hold a model's config.json", "correct model.hf")]
+        faults.append(Fault("model.hf", f"{path}: {error}", "must hold a model's config.json", "correct model.hf"))
+        return None
     try:
-        fields = hf_fields.read(config.model.hf)
+        return hf_fields.read(directory)
     except ValueError as error:
-        return [f"model.hf: {line}" for line in str(error).splitlines()]
+        faults += [f"model.hf: {line}" for line in str(error).splitlines()]
+        return None
+
+
+def _check_model(config: Config, fields: HfFields, sizes_are_sound: bool) -> list[Fault | str]:
     layout = Layout.of(**config.parallel.sizes())
     faults: list[Fault | str] = list(layout.problems(fields.shape())) if sizes_are_sound else []
     if not faults:
         faults += _check_recomputation(config, layout, fields["num_hidden_layers"])
     if config.precision.fp8 and not faults:
         faults += fp8.problems(fields, layout)
-    if config.rollout.router_replay and not fields.moe_layers and config.stage.loop is Loop.rl:
+    if config.rollout.router_replay and not fields.moe_layers and config.stage.loop in GENERATING_LOOPS:
         constraint = f"a {fields.family} model of these layers has no experts to replay the choice of"
         faults.append(Fault("rollout.router_replay", "true", constraint, "set it to false"))
     # Prompts count towards the model's positions too, but their true lengths are known only once they are tokenized.

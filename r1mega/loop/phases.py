@@ -12,6 +12,7 @@ from r1mega.algo.aggregation import token_weights
 from r1mega.algo.correction import corrected
 from r1mega.algo.packing import split_updates
 from r1mega.algo.policy_loss import mean_metrics, policy_loss
+from r1mega.config.schedule import max_tokens_at
 from r1mega.loop import records, rounds
 from r1mega.loop.delivery import deliver
 from r1mega.loop.rounds import RoundRecord, UpdateRecord
@@ -36,6 +37,7 @@ class RoundBatch:
     anchor: list[torch.Tensor] | None  # None: one update a round, whose own log-probs are the anchor
     reference: list[torch.Tensor] | None  # None: kl_coef is 0
     rollout: list[torch.Tensor]  # the engine's own, as it generated
+    max_tokens: int  # the longest response that the round allowed
 
 
 def begin(run: RlRun) -> None:
@@ -54,7 +56,7 @@ def rollout(run: RlRun) -> None:
     params = SamplingParams(
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
-        max_tokens=config.rollout.max_tokens,
+        max_tokens=max_tokens_at(config, state.update),
         stop=tuple(config.rollout.stop),
         seed=derive(config.run.seed, "rollout", state.round),
         routed_experts=config.rollout.router_replay,
@@ -62,6 +64,7 @@ def rollout(run: RlRun) -> None:
     is_last = state.update + config.algo.updates_per_round >= config.algo.updates
     with run.timer.phase("rollout"):
         run.turns.engines()
+        run.prompts.at(state.update)
         run.rollouts.generate(params, version=state.update, is_last=is_last)
 
 
@@ -105,7 +108,8 @@ def inference(run: RlRun, groups: list[SampleGroup]) -> RoundBatch:
             with run.policy.weights(REFERENCE):
                 reference = run.policy.logprobs(items, plan)
     engine = [torch.tensor(sample.rollout_logprobs) for sample in samples]
-    return RoundBatch(samples, given, advantages.tolist(), valid, anchor, reference, engine)
+    limit = max_tokens_at(run.config, run.state.update)
+    return RoundBatch(samples, given, advantages.tolist(), valid, anchor, reference, engine, limit)
 
 
 def measure_gap(run: RlRun, samples: Sequence[Sample], trainer: Sequence[torch.Tensor]) -> None:
@@ -142,7 +146,7 @@ def update(run: RlRun, batch: RoundBatch, samples: list[int]) -> None:
     algo = config.algo
     items = [batch.items[i] for i in samples]
     lengths = [item.num_response if batch.valid[i] else 0 for i, item in zip(samples, items, strict=True)]
-    constant = config.rollout.max_tokens if algo.aggregation == "constant" else None
+    constant = batch.max_tokens if algo.aggregation == "constant" else None
     weights = token_weights(lengths, algo.aggregation, constant_length=constant)
     own: dict[int, torch.Tensor] = {}
 
@@ -226,7 +230,7 @@ def evaluate(run: RlRun) -> None:
     params = SamplingParams(
         temperature=config.evaluate.temperature,
         top_p=config.evaluate.top_p,
-        max_tokens=config.evaluate.max_tokens or config.rollout.max_tokens,
+        max_tokens=config.evaluate.max_tokens or max_tokens_at(config, state.update),
         stop=tuple(config.rollout.stop),
         # One seed for every evaluation: a change between two of them comes from the weights.
         seed=derive(config.run.seed, "evaluate"),

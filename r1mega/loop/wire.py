@@ -13,6 +13,7 @@ from r1mega.algo.lr import learning_rate
 from r1mega.config.checkpoint_files import is_megatron
 from r1mega.config.choices import Init, Loop, Mtp
 from r1mega.config.schema import Config
+from r1mega.data.mixture import MixedSource, read_general
 from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
 from r1mega.data.sft import SftSource, read_sft, tokenize_sft
 from r1mega.loop.checkpoints import Checkpoints, read_pending, restore
@@ -29,6 +30,7 @@ from r1mega.models.hf_fields import HfFields
 from r1mega.parallel import groups as process_groups
 from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
+from r1mega.parallel.seed import derive
 from r1mega.reward.compose import Rule
 from r1mega.reward.pool import RewardPool
 from r1mega.types import Prompt, TrainerWeights
@@ -97,7 +99,7 @@ class RlRun(Run):
     probe: PublishProbe | None = None
     collector: Collector | None = None  # for evaluations
     rollouts: Lockstep | Streamed | None = None
-    prompts: PromptSource | None = None
+    prompts: PromptSource | MixedSource | None = None
     held_out: list[Prompt] = field(default_factory=list)
     updates: list[UpdateRecord] = field(default_factory=list)  # of the round at hand
 
@@ -123,7 +125,7 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
 
         data, reward = config.data, config.reward
         prompts = load_prompts(config, data.train, run.tokenizer)
-        run.prompts = PromptSource(prompts, config.run.seed, data.shuffle)
+        run.prompts = prompt_source(config, prompts, run.tokenizer)
         if run.is_resumed:
             restore(config, run.groups, run.policy, run.state, run.prompts, COPIES)
         if data.eval is not None:
@@ -182,6 +184,25 @@ def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) 
     data = config.data
     prompts = read_qa(path, data.question_key, data.answer_key)
     return tokenize_prompts(prompts, tokenizer, str(data.template), data.max_prompt_tokens)
+
+
+def prompt_source(
+    config: Config, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+) -> PromptSource | MixedSource:
+    """What hands out the questions of each round: those of data.train, and general ones where data.general is given."""
+    data, seed = config.data, config.run.seed
+    train = PromptSource(prompts, seed, data.shuffle)
+    if data.general is None:
+        return train
+    rows = read_general(data.general, data.question_key)
+    general = tokenize_prompts(rows, tokenizer, str(data.template), data.max_prompt_tokens)
+    return MixedSource(
+        train,
+        # A seed of its own: the two orders have nothing to do with each other.
+        PromptSource(general, derive(seed, "general"), data.shuffle),
+        share=data.general_share,
+        begin=config.reward.preference_from,
+    )
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:

@@ -52,6 +52,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "pretraining_tp": (1, None),
     "use_sliding_window": (False, None),
+    "use_mrope": (False, None),  # Qwen2.5-Math writes it
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
     "moe_layer_freq": (1,),
@@ -178,6 +179,11 @@ def _num_mtp_layers(fields: HfFields) -> int:
             "remove the others from a copy of the checkpoint"
         )
     return count
+
+
+def honoured(family: str) -> frozenset[str]:
+    """The fields of a family's config.json that decide what is computed."""
+    return frozenset(_HONOURED[family])
 
 
 def layer_of(name: str) -> int:

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from r1mega.data.prompts import PromptSource
 from r1mega.parallel.collectives import gather, share
 from r1mega.parallel.seed import derive
 from r1mega.rollout.buffer import Group, sample_of
 from r1mega.types import Completion, Engine, Prompt, Request, Sample, SampleGroup, SamplingParams, Score
 
 if TYPE_CHECKING:
+    from r1mega.data.mixture import MixedSource
+    from r1mega.data.prompts import PromptSource
     from r1mega.rollout.producer import Producer
 
 Scorer = Callable[[Prompt, str], "Future[Score]"]
@@ -124,7 +125,9 @@ class Lockstep:
         prompts: the same on every rank, and moved on by every rank.
     """
 
-    def __init__(self, collector: Collector, prompts: PromptSource, questions: int, group_size: int) -> None:
+    def __init__(
+        self, collector: Collector, prompts: PromptSource | MixedSource, questions: int, group_size: int
+    ) -> None:
         self._collector, self._prompts = collector, prompts
         self._questions, self._group_size = questions, group_size
 

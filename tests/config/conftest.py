@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ from omegaconf import DictConfig
 from safetensors.numpy import save_file
 
 from r1mega.cli import register_schema
-from r1mega.config.registry import conf_dir
+from r1mega.config import io
+from r1mega.config.registry import conf_dir, options
+from r1mega.config.schema import Config
 
 MODEL = {
     "model_type": "deepseek_v3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
@@ -67,3 +72,24 @@ def composed(hydra_conf: None):
         return compose("config", list(overrides))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def experiment(hydra_conf: None) -> Callable[[str], Config]:
+    """`experiment(name)` -> what it composes to, worked out once; not to be changed."""
+    return cache(lambda name: io.typed(compose("config", [f"experiment={name}", "run.dir=runs/snapshot"])))
+
+
+@pytest.fixture(scope="session")
+def section(hydra_conf: None) -> Callable[[str, str], Any]:
+    """`section(group, option)` -> the section that an option file gives; not to be changed.
+
+    An option file speaks of its own section alone, so one composition takes an option of every group at once.
+    """
+    groups = {group: list(names) for group, names in options().items() if group != "experiment"}
+    found = {}
+    for names in zip_longest(*groups.values()):
+        chosen = [(group, name) for group, name in zip(groups, names, strict=True) if name is not None]
+        config = io.typed(compose("config", [*(f"{group}={name}" for group, name in chosen), "run.dir=runs/snapshot"]))
+        found |= {(group, name): getattr(config, group) for group, name in chosen}
+    return lambda group, name: found[group, name]

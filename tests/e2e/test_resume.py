@@ -45,6 +45,7 @@ def rl(checkpoint: Path, files: Path, run_dir: Path) -> list[str]:
         "experiment=r1_zero_gsm8k", f"model.hf={checkpoint}", f"data.train={files}/rl.jsonl", f"run.dir={run_dir}",
         "algo.updates=6", "algo.questions_per_round=2", "algo.group_size=4", "algo.updates_per_round=2",
         "algo.kl_coef=1.0", "algo.reference_refresh=4", "rollout.max_tokens=24", "optim.lr=1e-3",
+        "rollout.max_tokens_from=[[3,32]]",  # of the third round alone, which begins at update 4
         "optim.weight_decay=10", "model.moe_router_bias_update_rate=0.01", "checkpoint.every=2",
         "data.template=plain", "reward.workers=0", *COMMON,
     ]  # fmt: skip
@@ -162,6 +163,13 @@ def test_rl_goes_on_as_if_never_stopped(rl_runs, whole_rl, name):
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
         "latest", "update-000002", "update-000004", "update-000006",
     ]  # fmt: skip
+
+
+def test_longer_responses_come_with_their_update(whole_rl):
+    """In the run that the others are compared with, which are resumed and replayed on both sides of the change."""
+    rounds = sorted((whole_rl / "rounds").iterdir())
+    longest = [max(load_file(path)["lengths"].tolist()) for path in rounds]
+    assert longest == [24, 24, 32]
 
 
 def test_offloading_changes_nothing(rl_runs, whole_rl):

@@ -30,6 +30,8 @@ def config() -> Config:
         ("algo.max_tokens_per_micro_batch", 5),
         ("algo.updates", 7),
         ("sft.updates", 7),
+        ("stage.name", "r1_zero"),
+        ("model.card", "qwen2_5_32b"),
     ],
 )
 def test_what_may_change(config: Config, path: str, value: object) -> None:
@@ -47,6 +49,10 @@ def test_what_may_change(config: Config, path: str, value: object) -> None:
         ("data.train", "other.jsonl"),
         ("rollout.temperature", 0.5),
         ("rollout.stop", ["x"]),
+        ("rollout.max_tokens_from", [[8, 2048]]),
+        ("data.general", "general.jsonl"),
+        ("data.general_share", 0.25),
+        ("reward.preference_from", 8),
         ("algo.kl_coef", 0.5),
         ("optim.lr", 1.0),
         ("reward.format", 0.0),

@@ -127,6 +127,23 @@ def test_the_version_of_the_router(checkpoint, config, tmp_path, lines, words):
     assert (found == []) if words is None else (len(found) == 1 and words in found[0])
 
 
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [("2.13.1+cu130", None), ("2.13.0", None), ("2.12.0", "has torch 2.12.0; must have 2.13"), ("", "has torch none")],
+)
+def test_handles_of_memory_need_one_release_of_torch(checkpoint, config, tmp_path, monkeypatch, theirs, words):
+    monkeypatch.setattr("r1mega.launch.late_checks.version", lambda package: "2.13.0+cpu")
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho 0.5.21\necho {theirs}\n")
+    python.chmod(0o755)
+    asked = config(checkpoint("llama"))
+    asked.rollout.engine, asked.sglang.python = choices.EngineKind.sglang, str(python)
+    assert check_sglang(asked) == []  # files are read by any
+    asked.sglang.transport = choices.Transport.ipc
+    found = check_sglang(asked)
+    assert (found == []) if words is None else (len(found) == 1 and words in found[0])
+
+
 def test_a_python_that_cannot_be_run(checkpoint, config, tmp_path):
     asked = config(checkpoint("llama"))
     asked.rollout.engine, asked.sglang.python = choices.EngineKind.sglang, str(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from r1mega.config import schema
 from r1mega.loop import phases
-from r1mega.types import FinishReason, Sample, Span
+from r1mega.types import FinishReason, Sample, SamplingParams, Span
 
 
 def sample(logprobs: list[float], *spans: Span) -> Sample:
@@ -43,3 +44,45 @@ def test_a_gap_is_found_and_the_sample_named(run) -> None:
 def test_a_round_without_such_tokens(run) -> None:
     phases.measure_gap(run, [sample([-1.0], Span(2, 0, 1))], [torch.tensor([-9.0])])
     assert run.log.round_metrics == {}
+
+
+def a_run(update: int) -> SimpleNamespace:
+    """A run at `update` whose rollouts and evaluations note what they are asked for."""
+    config = schema.Config()
+    config.rollout.max_tokens, config.rollout.max_tokens_from = 10, [[8, 20]]
+    config.algo.updates, config.algo.updates_per_round = 16, 4
+    noted: list[tuple[str, object]] = []
+
+    def generate(*arguments: object, **_options: object) -> None:
+        params = next(one for one in arguments if isinstance(one, SamplingParams))
+        noted.append(("max_tokens", params.max_tokens))
+
+    asks = SimpleNamespace(generate=generate, groups=lambda: [])
+    return SimpleNamespace(
+        config=config,
+        state=SimpleNamespace(update=update, round=1, evaluated_at=0),
+        timer=SimpleNamespace(phase=lambda _name: nullcontext()),
+        turns=SimpleNamespace(engines=lambda: None),
+        prompts=SimpleNamespace(at=lambda asked: noted.append(("prompts", asked))),
+        rollouts=asks,
+        collector=asks,
+        held_out=["question"],
+        log=SimpleNamespace(samples=lambda *_args, **_options: None, evaluation=lambda *_args: None),
+        noted=noted,
+    )
+
+
+@pytest.mark.parametrize(("update", "tokens"), [(4, 10), (7, 10), (8, 20), (12, 20)])
+def test_a_rollout_takes_the_values_of_its_first_update(update: int, tokens: int) -> None:
+    run = a_run(update)
+    phases.rollout(run)
+    assert run.noted == [("prompts", update), ("max_tokens", tokens)]
+
+
+def test_evaluations_are_as_long_as_rollouts_unless_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases.records, "evaluation_metrics", lambda _groups: {})
+    for update, own, tokens in ((7, None, 10), (8, None, 20), (8, 5, 5)):
+        run = a_run(update)
+        run.config.evaluate.max_tokens = own
+        phases.evaluate(run)
+        assert run.noted == [("max_tokens", tokens)]
