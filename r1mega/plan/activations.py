@@ -125,7 +125,7 @@ class Layers:
         """All that one layer saves with nothing computed again but what `selective` says. `pack` is this rank's."""
         attention = list(self._latent(pack) if self.is_moe else self._grouped(pack))
         feed_forward = list(self._experts(pack) if moe else self._dense(pack))
-        return [*attention, *self._core(pack), *feed_forward]
+        return [*attention, *self.core(pack), *feed_forward]
 
     def saved(self, pack: Pack, *, moe: bool) -> float:
         """Bytes that one layer keeps until its backward pass."""
@@ -204,7 +204,7 @@ class Layers:
         yield Term("input of linear_qkv", self.w * self.h * t, "norm")
         yield Term("cosines and sines of query and key", 4 * e * self.rope * pack.tokens, "rope")
 
-    def _core(self, pack: Pack) -> Iterator[Term]:
+    def core(self, pack: Pack) -> Iterator[Term]:
         """Query, key, value, the output and its log-sum-exp; what surrounds them where rows are padded."""
         e, n, g, compute = self.compute.itemsize, self.n, self.g, self.compute
         lifts = compute.layer_spec == "torch" and not pack.is_even  # rows are copied to be padded, and back
