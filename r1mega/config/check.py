@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from r1mega.config.check_engines import check_engines
+from r1mega.config.check_plan import PLAN_BOUNDS
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
 from r1mega.config.choices import DataFormat, DeviceType, Dispatcher, Init, LayerSpec, Loop, Mtp, ParamDtype, Recompute
 from r1mega.config.faults import Fault
@@ -109,6 +110,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
             "disk_gb_per_s",
         )
     ),
+    *PLAN_BOUNDS,
 )
 
 

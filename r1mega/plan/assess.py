@@ -224,7 +224,7 @@ def _phases(config: Config, job: Job, speed: Speed, engines: EnginePlan | None) 
 
 
 def _misfits(found: Assessment) -> list[str]:
-    config, cluster = found.config, found.config.cluster
+    cluster = found.config.cluster
     limit, said = cluster.gpu_memory_gib, []
     for phase in found.ranks[0].phases:
         rank = max(found.ranks, key=lambda rank: found.device_peak(rank, phase))
