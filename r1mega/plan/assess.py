@@ -65,7 +65,9 @@ class Assessment:
     train_seconds: Seconds
     phase_seconds: Seconds
     flops_per_update: float
+    traffic: dict[str, float]
     disk: dict[str, float]
+    conversion_bytes: float
     misfits: list[str] = field(default_factory=list)
 
     @property
@@ -149,7 +151,9 @@ def assess(config: Config, fields: HfFields, held: list[Held]) -> Assessment:
         train_seconds=speed.train(),
         phase_seconds=_phases(config, job, speed, engines),
         flops_per_update=speed.flops_per_update(),
+        traffic=speed.traffic(),
         disk={"checkpoint_bytes": speed.checkpoint_bytes(), "export_bytes": speed.export_bytes()},
+        conversion_bytes=speed.conversion_bytes(),
     )
     found.misfits = _misfits(found)
     return found

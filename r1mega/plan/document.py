@@ -32,7 +32,9 @@ def as_document(found: Assessment, suggestions: list[str], elements: int) -> dic
         "train_seconds": found.train_seconds,
         "round_seconds": found.phase_seconds,
         "total_seconds": found.seconds_per_update * updates,
+        "sent_bytes_per_update": found.traffic,
         "disk": found.disk,
+        "conversion_bytes_per_worker": found.conversion_bytes,
     }
 
 

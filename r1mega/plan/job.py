@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from r1mega.config.choices import EngineKind, KvCacheDtype, Loop, Mtp, ParamDtype
+from r1mega.config.choices import DeviceType, EngineKind, KvCacheDtype, Loop, Mtp, ParamDtype
 from r1mega.config.schema import Config
 from r1mega.metrics.flops import Experts, GroupedQueryAttention, LatentAttention, ModelShape
 from r1mega.models.hf_fields import HfFields
@@ -105,6 +105,7 @@ def compute_of(config: Config) -> Compute:
         chunk_tokens=memory.logprob_chunk_tokens,
         balances=config.model.router_balance_coef > 0,
         unevenness=config.plan.expert_unevenness,
+        on_cpu=config.device.type is DeviceType.cpu,
     )
 
 

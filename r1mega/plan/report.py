@@ -123,8 +123,12 @@ def _totals(console: Console, found: Assessment) -> None:
         f"data-parallel part), {found.flops_per_update:.3g} FLOPs; {found.seconds_per_update:,.1f} s an update, "
         f"{total / 86400:,.1f} days, {hours:,.0f} accelerator hours"
     )
+    sent = ", ".join(f"{name} {nbytes / 1e9:,.1f}" for name, nbytes in found.traffic.items() if nbytes)
+    if sent:
+        console.print(f"network: GB that the busiest rank sends in an update: {sent}")
     console.print(
         f"disk: {found.disk['checkpoint_bytes'] / 1e9:,.0f} GB a checkpoint, "
         f"{found.disk['export_bytes'] / 1e9:,.0f} GB an export; host memory: {found.host_bytes() / GIB:,.0f} of "
-        f"{found.config.cluster.host_memory_gib:g} GiB a machine"
+        f"{found.config.cluster.host_memory_gib:g} GiB a machine; converting the checkpoint: "
+        f"{found.conversion_bytes / GIB:.1f} GiB a worker"
     )

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from r1mega.config.choices import Dispatcher, Transport
 from r1mega.config.schema import Config
-from r1mega.metrics.flops import ModelShape, active_parameters, forward_flops_per_token, mean_context, total_parameters
+from r1mega.metrics.flops import (
+    LatentAttention,
+    ModelShape,
+    active_parameters,
+    forward_flops_per_token,
+    mean_context,
+    total_parameters,
+)
 from r1mega.models.hf_fields import HfFields
 from r1mega.parallel.layout import Layout
 from r1mega.plan.engine import Engine
@@ -56,21 +63,23 @@ class Speed:
         again = {"full": 4 / 3, "selective": 1.05}.get(str(self.config.memory.recompute), 1.0)
         busy = self._pass(3 * again)
         bubble = busy * (self.layout.pp - 1) / (self.micro_batches * self.layout.vpp)
-        passes = 3.0 if again > 1.3 else 2.0
-        return {
-            "compute": busy,
-            "pipeline bubble": bubble,
-            "tensor parallel": self._tensor_parallel(passes + 0.5),
-            "context parallel": self._context_parallel(passes),
-            "expert parallel": self._expert_parallel(passes),
-            "data parallel": self._data_parallel(),
-            "optimizer": self._optimizer(),
-        }
+        moved = {name: nbytes / rate for name, (nbytes, rate) in self._traffic(self._passes).items()}
+        return {"compute": busy, "pipeline bubble": bubble, **moved, "optimizer": self._optimizer()}
+
+    def traffic(self) -> dict[str, float]:
+        """Bytes that the busiest rank sends in one update, by what for."""
+        return {name: nbytes for name, (nbytes, _) in self._traffic(self._passes).items()}
+
+    @property
+    def _passes(self) -> float:
+        """Forward passes' worth of collectives: forward, backward, and forward again where layers are recomputed."""
+        return 3.0 if str(self.config.memory.recompute) == "full" else 2.0
 
     def logprobs(self, *, rounds: int) -> float:
         """Of so many forward passes over a round's samples."""
         per_update = self._pass(1.0) * (1 + (self.layout.pp - 1) / (self.micro_batches * self.layout.vpp))
-        per_update += self._tensor_parallel(1.0) + self._context_parallel(1.0) + self._expert_parallel(1.0)
+        moved = self._traffic(1.0)
+        per_update += sum(nbytes / rate for name, (nbytes, rate) in moved.items() if name != "data parallel")
         return rounds * self.job.updates_per_round * per_update
 
     def generation(self, engine: Engine, engines: int, cache_gib: float) -> Generation:
@@ -113,6 +122,13 @@ class Speed:
         """On disk: weights, fp32 master weights and moments, the reference."""
         copies = 2 if self.job.has_reference else 1
         return sum(held.distinct for held in self.held) * (self.itemsize * copies + 12.0)
+
+    def conversion_bytes(self) -> float:
+        """Host memory of one worker of tools/convert_checkpoint.py: what it reads of the largest tensor, its value and
+        what is written (`conversion.worker`), and a quarter of a GiB of libraries (docs/measured.md)."""
+        shape = self.shape
+        widest = max(shape.vocab, 2 * shape.ffn, shape.attention.matmul_params(shape.hidden) // shape.hidden)
+        return 3 * 2.0 * shape.hidden * widest + (1 << 28)
 
     def export_bytes(self) -> float:
         """Of the trained checkpoint in Hugging Face's format."""
@@ -158,50 +174,58 @@ class Speed:
         rate = cluster.node_gb_per_s if ranks <= cluster.gpus_per_node else cluster.network_gb_per_s
         return rate * 1e9 * self.config.plan.network_efficiency
 
-    def _tensor_parallel(self, passes: float) -> float:
-        """Two gathers and two scatters of the sequence in each layer and pass."""
+    def _traffic(self, passes: float) -> dict[str, tuple[float, float]]:
+        """(bytes, bytes a second) of each kind of collective, of so many passes and one reduction."""
+        layout, ep_ranks = self.layout, self.layout.ep * self.layout.etp
+        # With sequence parallelism the backward pass gathers the inputs of two linears a layer once more.
+        tensor = (passes + 0.5 if passes > 1 else passes) * self._layers() * self._tensor_parallel()
+        return {
+            "tensor parallel": (tensor, self._link(layout.tp)),
+            "context parallel": (passes * self._layers() * self._context_parallel(), self._link(layout.tp * layout.cp)),
+            "expert parallel": (passes * self._layers() * self._expert_parallel(), self._link(ep_ranks)),
+            "pipeline": (min(passes, 2.0) * self._pipeline(), self._link(layout.world_size)),
+            "data parallel": (self._data_parallel(), self._link(layout.per_stage)),
+        }
+
+    def _tensor_parallel(self) -> float:
+        """Bytes of a layer's forward pass: two gathers and two scatters of the sequence."""
         tp = self.layout.tp
-        if tp == 1:
-            return 0.0
-        nbytes = 4 * self._tokens() * self.shape.hidden * self.itemsize * (tp - 1) / tp
-        return passes * self._layers() * nbytes / self._link(tp)
+        return 4 * self._tokens() * self.shape.hidden * self.itemsize * (tp - 1) / tp
 
-    def _context_parallel(self, passes: float) -> float:
+    def _context_parallel(self) -> float:
         """Keys and values of all ranks are gathered."""
-        cp, tp = self.layout.cp, self.layout.tp
-        if cp == 1:
-            return 0.0
-        attention = self.shape.attention
-        width = self.fields.head_dim * 2 * self.fields["num_key_value_heads"] if not self.fields.is_moe else 0
-        if self.fields.is_moe:
+        cp, tp, attention = self.layout.cp, self.layout.tp, self.shape.attention
+        if isinstance(attention, LatentAttention):
             width = attention.num_heads * (attention.nope_dim + attention.rope_dim + attention.value_dim)
-        nbytes = self._tokens() * (cp - 1) * width / tp * self.itemsize
-        return passes * self._layers() * nbytes / self._link(tp * cp)
+        else:
+            width = 2 * attention.head_dim * attention.num_kv_heads
+        return self._tokens() * (cp - 1) * width / tp * self.itemsize
 
-    def _expert_parallel(self, passes: float) -> float:
+    def _expert_parallel(self) -> float:
         """Each token goes to its experts and comes back; DeepEP sends it once to each machine."""
-        ep, moe = self.layout.ep, len(self.fields.moe_layers)
-        if ep == 1 or not moe:
+        ep = self.layout.ep
+        if not self.fields.moe_layers:
             return 0.0
         copies = self.fields["num_experts_per_tok"]
         if self.config.parallel.dispatcher is Dispatcher.flex and ep > self.config.cluster.gpus_per_node:
             copies = min(copies, self.fields["topk_group"])
         tokens = self._tokens() / self.layout.tp
-        nbytes = 2 * tokens * copies * self.shape.hidden * self.itemsize * (ep - 1) / ep
-        return passes * self._layers() * nbytes / self._link(ep * self.layout.etp)
+        return 2 * tokens * copies * self.shape.hidden * self.itemsize * (ep - 1) / ep
+
+    def _pipeline(self) -> float:
+        """What a stage hands on."""
+        chunks = self.layout.vpp if self.layout.pp > 1 else 0
+        return chunks * self._tokens() / self.layout.tp * self.shape.hidden * self.itemsize
 
     def _data_parallel(self) -> float:
-        """Gradients are reduced in fp32, parameters gathered; hidden behind compute where that is asked for."""
+        """Gradients are reduced in fp32, parameters gathered; what is hidden behind compute does not count."""
         layout, parallel = self.layout, self.config.parallel
-        worst = 0.0
-        for held in self.held:
-            for size, ranks in ((held.dense, layout.dp * layout.cp), (held.experts, layout.expert_dp)):
-                shown = (0 if parallel.overlap_grad_reduce else 4) + (
-                    0 if parallel.overlap_param_gather else self.itemsize
-                )
-                nbytes = shown * size * (ranks - 1) / ranks
-                worst = max(worst, nbytes / self._link(layout.per_stage))
-        return worst
+        shown = 0 if parallel.overlap_grad_reduce else 4
+        shown += 0 if parallel.overlap_param_gather else self.itemsize
+        dense, experts = layout.dp * layout.cp, layout.expert_dp
+        return max(
+            shown * (held.dense * (dense - 1) / dense + held.experts * (experts - 1) / experts) for held in self.held
+        )
 
     def _optimizer(self) -> float:
         """Master weights, moments and gradients are read and written once."""

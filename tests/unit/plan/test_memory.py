@@ -22,6 +22,7 @@ QWEN_72B = parse(
         "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
     }
 )  # fmt: skip
+V3_TABLE = Table(V3)
 SLACK, OVERHEAD = 1.08, 3 * GIB  # the defaults of the plan section
 
 
@@ -29,7 +30,7 @@ def stages(layout: str, compute: Compute, states: States, pack: Pack, micro_batc
     cut = Layout.parse(layout)
     assert not cut.problems(V3.shape())
     layers = Layers(V3, cut, compute)
-    return [StageMemory(held, layers, states, pack, micro_batches) for held in Table(V3).held(cut, freezes_mtp=False)]
+    return [StageMemory(held, layers, states, pack, micro_batches) for held in V3_TABLE.held(cut, freezes_mtp=False)]
 
 
 def device(memory: StageMemory) -> float:
