@@ -34,7 +34,7 @@ def asked(layout: str, *options: str) -> dict:
 @pytest.mark.parametrize(
     ("layout", "ranks", "has_mtp"),
     [
-        ("tp=8,pp=4,ep=32,dp=4,stages=16+15+15+15", 128, True),
+        pytest.param("tp=8,pp=4,ep=32,dp=4,stages=16+15+15+15", 128, True, marks=pytest.mark.extended),
         pytest.param(f"tp=8,pp=16,ep=8,dp=2,{FOURS}", 256, True, marks=pytest.mark.extended),
         pytest.param(f"tp=8,pp=16,ep=8,dp=2,{FOURS}", 256, False, marks=pytest.mark.extended),
         pytest.param(f"pp=16,ep=32,dp=32,{FOURS}", 512, False, marks=pytest.mark.extended),

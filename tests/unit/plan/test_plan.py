@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from r1mega import cli
-from r1mega.config.choices import Mtp
+from r1mega.models import hf_fields
 from r1mega.models.hf_fields import HfFields
+from r1mega.parallel.layout import Layout
 from r1mega.plan import held, run, suggest
 
 REPO = Path(__file__).resolve().parents[3]
@@ -139,22 +140,26 @@ def test_a_search_ranks_what_fits_first(planned, tmp_path, cluster):
 
 def test_the_command_asks_megatron_and_prints_one_document(tmp_path):
     shape = {
-        "model_type": "qwen2", "vocab_size": 251, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
+        "model_type": "deepseek_v3", "vocab_size": 251, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+        "v_head_dim": 12, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4,
+        "topk_group": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(shape))
     argv = [
-        sys.executable, "-m", "r1mega.cli", "plan", f"model.hf={tmp_path}", "cluster.gpus_per_node=4", "parallel.tp=2",
-        "parallel.pp=2", "plan.format=json",
+        sys.executable, "-m", "r1mega.cli", "plan", f"model.hf={tmp_path}", "cluster.gpus_per_node=8", "parallel.tp=2",
+        "parallel.pp=2", "parallel.ep=4", "parallel.dp=2", "model.mtp=freeze", "plan.format=json",
     ]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(REPO)}
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    from r1mega.models import hf_fields
-    from r1mega.parallel.layout import Layout
-
-    expected = held.Table(hf_fields.read(tmp_path)).held(Layout(tp=2, pp=2), freezes_mtp=Mtp.freeze is not None)
+    fields, layout = hf_fields.read(tmp_path), Layout(tp=2, pp=2, ep=4, dp=2)
+    expected = held.Table(fields).held(layout, freezes_mtp=True)
     assert [rank["parameters"] for rank in document["ranks"]] == [part.parameters for part in expected]
     assert [rank["parameter_bytes"] for rank in document["ranks"]] == [4 * part.parameters for part in expected]
+    assert [rank["gate_biases"] for rank in document["ranks"]] == [part.gate_biases for part in expected] == [8, 24]
+    assert document["model_elements"] == sum(part.distinct for part in expected)
+    assert expected[1].frozen > 0 and expected[0].frozen == 0
