@@ -1,7 +1,8 @@
 """`r1mega plan search`: layouts for a model and a cluster, the fastest that fit first.
 
-Every layout that divides the model and uses all accelerators is assessed with the configuration's other options; the
-numbers of what ranks hold come from the family's table, which says what Megatron says.
+Every layout that divides the model and uses all accelerators (those of servers of their own left out) is assessed with
+the configuration's other options, and with and without recomputation: powers of two on tp, cp, pp and ep, neither
+interleaved nor with etp. What ranks hold comes from the family's table, which says what Megatron says.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from r1mega.config.choices import Mtp, PlanFormat, Recompute
+from r1mega.config.choices import EngineKind, Loop, Mtp, PlanFormat, Recompute, Transport
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.metrics.flops import ModelShape
@@ -41,7 +42,7 @@ def search(config: Config) -> int:
     found = candidates(config, fields)
     if not found:
         got = f"{config.cluster.num_gpus} accelerators"
-        constraint = "no layout divides the model and its batch and uses all of them"
+        constraint = "no layout divides the model and its batch and uses all that servers leave"
         raise ConfigError([Fault("cluster", got, constraint, "take another number of machines, or a larger batch")])
     rows = found[: config.plan.search_rows]
     if config.plan.format is PlanFormat.json:
@@ -85,7 +86,7 @@ def _assessed(config: Config, fields: HfFields, table: Table, layout: Layout, re
 
 def _layouts(config: Config, fields: HfFields) -> Iterator[Layout]:
     """Powers of two on every axis, layers dealt so that the stages' FLOPs are as even as can be."""
-    gpus = config.cluster.num_gpus
+    gpus = config.cluster.num_gpus - _beside(config)
     shape, numbers = shape_of(fields), fields.shape()
     for tp in _powers(min(config.plan.search_max_tp, config.cluster.gpus_per_node)):
         for pp in _powers(min(_MAX_PP, numbers.num_layers)):
@@ -97,6 +98,15 @@ def _layouts(config: Config, fields: HfFields) -> Iterator[Layout]:
                     layout = Layout(tp=tp, pp=pp, cp=cp, dp=dp, ep=ep, stages=even_stages(shape, pp))
                     if not layout.problems(numbers):
                         yield layout
+
+
+def _beside(config: Config) -> int:
+    """Accelerators that servers have for themselves."""
+    sglang = config.sglang
+    apart = not sglang.release and sglang.transport is not Transport.ipc
+    if config.stage.loop is Loop.sft or config.rollout.engine is EngineKind.embedded or not apart:
+        return 0
+    return config.rollout.engines * sglang.tp
 
 
 def even_stages(shape: ModelShape, pp: int) -> tuple[int, ...]:
