@@ -23,7 +23,7 @@ from r1mega.plan.memory import StageMemory, States
 TOLERANCE = 0.15
 
 
-def stage_of(case: dict[str, Any], micro_batches: int) -> StageMemory:
+def stage_of(case: dict[str, Any], micro_batches: int, *, has_te: bool) -> StageMemory:
     """The one stage of a case, as a plan sees it."""
     fields = parse(case["model"])
     itemsize = {"fp32": 4, "bf16": 2}[case["params"]]
@@ -36,8 +36,7 @@ def stage_of(case: dict[str, Any], micro_batches: int) -> StageMemory:
         recompute_num_layers=case["recompute_num_layers"],
         chunk_tokens=case["chunk_tokens"],
     )
-    on_te = case["layer_spec"] == "te"
-    states = States(itemsize, {"fp32": 4, "bf16": 2}[case["moments"]], steps_in_place=on_te)
+    states = States(itemsize, {"fp32": 4, "bf16": 2}[case["moments"]], steps_in_place=has_te)
     (held,) = Table(fields).held(Layout(), freezes_mtp=False)
     pack = Pack.of(case["lengths"], sum(length - length // 4 for length in case["lengths"]))
     return StageMemory(held, Layers(fields, Layout(), compute), states, pack, micro_batches)
@@ -46,21 +45,21 @@ def stage_of(case: dict[str, Any], micro_batches: int) -> StageMemory:
 def estimates(stage: StageMemory) -> dict[tuple[str, str], float]:
     """(phase, peak or after) -> bytes."""
     states = sum(stage.on_device.values())
-    moments = 2 * stage.states.moments * sum(stage.shares)
-    worst = sum(stage.train().values()) - states
-    step = 0.0 if stage.states.steps_in_place else 4.0 * max(stage.shares)
+    # The moments come with the first step, and with them, where they are bf16, what master weights have besides.
+    later = stage.optimizer if stage.states.moments == 2 else 2 * stage.states.moments * sum(stage.shares)
+    worst, step = sum(stage.train().values()) - states, stage.states.step * max(stage.shares)
     passes = max(stage.in_flight() + stage.backward(), stage.in_flight() + stage.head_backward())
     forward = sum(stage.logprobs().values())
     return {
-        ("load", "after"): states - moments,
-        ("forward_backward_1", "peak"): states - moments + passes,
+        ("load", "after"): states - later - stage.fp8_weights,
+        ("forward_backward_1", "peak"): states - later + passes,
         ("forward_backward_2", "peak"): states + passes,
         ("forward_backward_2", "after"): states,
         ("optimizer_step_2", "peak"): states + step,
         ("logprobs", "peak"): forward,
         ("reference_logprobs", "peak"): sum(stage.logprobs(reference=True).values()),
-        ("hand_over", "after"): 0.0,
-        ("logprobs_offloaded", "peak"): forward - states + stage.weights,
+        ("hand_over", "after"): stage.fp8_weights,
+        ("logprobs_offloaded", "peak"): forward - states + stage.weights + stage.fp8_weights,
         ("train", "peak"): states + worst,
     }
 
@@ -68,7 +67,9 @@ def estimates(stage: StageMemory) -> dict[tuple[str, str], float]:
 def compared(line: dict[str, Any]) -> Iterator[tuple[str, str, float, float]]:
     """(phase, peak or after, measured, estimated) of one case."""
     measured, before = line["bytes"], line["bytes"]["before"]["after"]
-    for (phase, kind), estimate in estimates(stage_of(line["case"], line["micro_batches"])).items():
+    for (phase, kind), estimate in estimates(
+        stage_of(line["case"], line["micro_batches"], has_te=bool(line["transformer_engine"]))
+    ).items():
         if phase == "train":
             found = max(measured[name]["peak"] for name in ("forward_backward_2", "optimizer_step_2"))
         else:

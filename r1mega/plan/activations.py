@@ -29,7 +29,8 @@ MIN_FILL = 0.7  # models.attention pads rows to one length while it fills at lea
 class Compute:
     """How layers compute: what decides which tensors are saved.
 
-    `on_cpu` is the arithmetic of torch on a CPU, whose norms and attention save more.
+    `on_cpu` is the arithmetic of torch on a CPU, whose norms and attention save more. `keeps_swiglu_in_fp8` is
+    DeepSeek-V3's own (section 3.3.3), for comparisons: no configuration of r1mega does it.
     """
 
     layer_spec: str = "torch"
@@ -42,6 +43,7 @@ class Compute:
     balances: bool = False  # a balance loss by sequence is taken
     unevenness: float = 1.0  # tokens of the fullest rank's experts over the mean
     on_cpu: bool = False
+    keeps_swiglu_in_fp8: bool = False
 
     def drops(self, module: str) -> bool:
         """Whether that module's activations are computed again."""
@@ -260,7 +262,8 @@ class Layers:
         """SwiGLU: gate and up; torch also saves silu(gate), its factor and, where a router's weight follows, their
         product."""
         e = self.compute.itemsize
-        yield Term(f"{what}: gate and up", e * 2 * width * tokens, part)
+        kept = FP8_BYTES if self.compute.keeps_swiglu_in_fp8 else e
+        yield Term(f"{what}: gate and up", kept * 2 * width * tokens, part)
         if self.compute.layer_spec == "torch":
             yield Term(f"{what}: silu(gate) and its factor", e * (3 if weighed else 2) * width * tokens, part)
         if not (weighed and self.compute.drops("moe_act")):

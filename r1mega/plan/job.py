@@ -110,13 +110,13 @@ def compute_of(config: Config) -> Compute:
 
 
 def states_of(config: Config) -> States:
-    """How parameters and their optimizer states are held. Transformer Engine brings a fused Adam."""
-    on_te = str(config.device.layer_spec) == "te" or config.precision.moments is ParamDtype.bf16
+    """How parameters and their optimizer states are held. Where there is a GPU there is Transformer Engine (the extra
+    `gpu`), and with it a fused Adam."""
     return States(
         params=4 if config.precision.params is ParamDtype.fp32 else 2,
         moments=4 if config.precision.moments is ParamDtype.fp32 else 2,
         offloads=config.memory.offload,
-        steps_in_place=on_te,
+        steps_in_place=config.device.type is DeviceType.cuda,
     )
 
 

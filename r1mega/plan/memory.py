@@ -25,7 +25,8 @@ class States:
     """How parameters and what belongs to them are held.
 
     `offloads`: gradients and optimizer state leave the device while engines generate and until the next update.
-    `steps_in_place`: Adam is a fused kernel (Transformer Engine's, apex's); torch's makes a copy of one moment.
+    `steps_in_place`: Adam is a fused kernel, as Megatron takes it from Transformer Engine or apex wherever one of them
+    is installed; torch's own makes a copy of one moment.
     `optimizer_on_host`: the share of master weights and moments that never is on the device (other systems; not ours).
     """
 
@@ -34,6 +35,22 @@ class States:
     offloads: bool = False
     steps_in_place: bool = True
     optimizer_on_host: float = 0.0
+
+    @property
+    def master(self) -> int:
+        """Bytes of an fp32 master weight besides the parameter. With bf16 moments Megatron's precision-aware optimizer
+        stores only the 16 bits that a bf16 parameter lacks (`store_param_remainders`)."""
+        if self.params == 4:
+            return 0
+        return 2 if self.moments == 2 else 4
+
+    @property
+    def step(self) -> float:
+        """Bytes a parameter that Adam's step needs besides: with bf16 moments Transformer Engine's FusedAdam makes both
+        of them fp32 for all parameters of a kind at once."""
+        if self.moments == 2:
+            return 8.0
+        return 0.0 if self.steps_in_place else 4.0
 
 
 class StageMemory:
@@ -77,17 +94,29 @@ class StageMemory:
     @property
     def optimizer(self) -> float:
         """Master weights and moments, wherever they are."""
-        master = 0 if self.states.params == 4 else 4
-        return (master + 2 * self.states.moments) * sum(self.shares)
+        return (self.states.master + 2 * self.states.moments) * sum(self.shares)
+
+    @property
+    def fp8_weights(self) -> float:
+        """Transformer Engine keeps the FP8 blocks of linear weights, as they are and transposed, from their first use
+        on; moving the weights to host memory leaves them."""
+        if not self.compute.fp8:
+            return 0.0
+        tables = self._table * (int(self.is_first) + int(self.is_last))
+        return 2.0 * max(0.0, self.held.parameters - tables)
 
     @property
     def on_device(self) -> Bytes:
         """What an update works on."""
         return {
-            "weights": self.weights,
+            **self._for_passes(),
             "gradients": self.gradients,
             "optimizer": self.optimizer * (1 - self.states.optimizer_on_host),
         }
+
+    def _for_passes(self) -> Bytes:
+        """What a forward pass works on."""
+        return {"weights": self.weights} | ({"weights in FP8": self.fp8_weights} if self.compute.fp8 else {})
 
     # Phases
 
@@ -99,26 +128,28 @@ class StageMemory:
             "activations, layers computed backward": saved + self.backward(),
             "activations, head computed backward": saved + self.head_backward() if self.is_last else 0.0,
             "gradient of the embedding": self.states.params * self._table if self.is_first else 0.0,
-            "optimizer step": 0.0 if self.states.steps_in_place else 4.0 * max(self.shares),
+            "optimizer step": self.states.step * max(self.shares),
         }
         worst = max(peaks, key=lambda name: peaks[name])
         return {**parts, worst: peaks[worst]}
 
     def logprobs(self, *, reference: bool = False) -> Bytes:
         """A forward pass without gradients; of the reference's weights, while the policy's stay beside them."""
-        parts = {"weights": self.weights} if self.states.offloads else dict(self.on_device)
+        parts = self._for_passes() if self.states.offloads else dict(self.on_device)
         if reference:
             parts["reference"] = self.weights
         return {**parts, "forward pass": max(self.forward(), self.head_forward() if self.is_last else 0.0)}
 
     def publish(self, buckets: float) -> Bytes:
         """Weights beside the buffers that they leave in."""
-        parts = {"weights": self.weights} if self.states.offloads else dict(self.on_device)
+        parts = self._for_passes() if self.states.offloads else dict(self.on_device)
         return {**parts, "buckets": buckets}
 
     def rollout(self) -> Bytes:
         """What the trainer leaves on the device while engines generate."""
-        return {} if self.states.offloads else dict(self.on_device)
+        if not self.states.offloads:
+            return dict(self.on_device)
+        return {"weights in FP8": self.fp8_weights} if self.compute.fp8 else {}
 
     def checkpoint(self, *, has_reference: bool, overlaps: bool) -> Bytes:
         """All of it, and either one kind of optimizer state, gathered over its data-parallel ranks, or the reference.
@@ -189,10 +220,10 @@ class StageMemory:
         tokens, t = self.pack.tokens, self.pack.tokens / self.layout.tp
         stream = 2 * e * layers.h * t
         if moe:
-            # Outputs of the experts one by one, and then as one tensor; summed in fp32 where etp gathers them.
-            copies = layers.copies(self.pack)
-            feed_forward = (e + (4 if self.layout.etp > 1 else e)) * layers.h * copies
             width = self.fields["moe_intermediate_size"] // self.layout.etp
+            # Saved by then is one of the copies of tokens, and with Transformer Engine what the experts made of them.
+            made = 0 if self.compute.layer_spec == "torch" else 3 * width
+            feed_forward = self._dispatched() - e * (layers.h + made) * layers.copies(self.pack)
         else:
             feed_forward, width = e * 2 * layers.f * tokens, layers.f
         weight = e * 2 * layers.h * width
@@ -214,10 +245,21 @@ class StageMemory:
         attention = 2 * _sum(whole.core(self.pack))
         halves = [attention]
         if any(moe for chunk in self._chunks() for moe in chunk):
-            halves.append(3 * e * layers.h * layers.copies(self.pack))
+            halves.append(self._dispatched())
         if any(not moe for chunk in self._chunks() for moe in chunk):
-            halves.append(5 * e * layers.f * tokens)
+            halves.append((5 if self.compute.layer_spec == "torch" else 3) * e * layers.f * tokens)
         return stream + max(halves)
+
+    def _dispatched(self) -> float:
+        """Copies of the experts' tokens that are there at once at the end of a layer's experts: as they came (and, with
+        ep > 1, as they were sent), sorted by expert, the outputs; of plain torch the outputs twice, one by one and
+        together, of Transformer Engine gate and up and their product instead. In fp32 where etp sums them."""
+        layers, e = self.layers, self.compute.itemsize
+        h, width = layers.h, self.fields["moe_intermediate_size"] // self.layout.etp
+        tokens = (3 + (self.layout.ep > 1)) * e * h
+        tokens += e * (h if self.compute.layer_spec == "torch" else 3 * width)
+        tokens += 4 * h if self.layout.etp > 1 else 0
+        return tokens * layers.copies(self.pack)
 
     def head_forward(self) -> float:
         """Logits of a chunk, and thrice a sixteenth of them in fp32."""
