@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from r1mega.config.check import check
-from r1mega.config.choices import Mtp, Recompute
+from r1mega.config.choices import Loop, Mtp, Recompute
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.models import cards, fp8, hf_fields
@@ -51,6 +51,8 @@ def problems(config: Config, fields: HfFields, layout: Layout) -> list[Fault | s
     faults: list[Fault | str] = [
         fault for fault in check(config) if fault.field not in _ELSEWHERE and _NOT_INSTALLED not in fault.constraint
     ]
+    if config.stage.loop not in (Loop.rl, Loop.sft):
+        faults.append(Fault("stage.loop", str(config.stage.loop), "no plan is made of this loop", "plan rl or sft"))
     found = layout.problems(fields.shape())
     faults += [problem for problem in found if not any(problem == str(fault) for fault in faults)]
     if not found:

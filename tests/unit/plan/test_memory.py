@@ -36,8 +36,8 @@ SLACK, OVERHEAD = 1.08, 3 * GIB  # the defaults of the plan section
 
 @pytest.mark.parametrize("line", list(lines(MEASURED)), ids=lambda line: line["name"])
 def test_what_was_measured_on_an_h100(line):
-    """Every peak of a pass, of log-probs and of the optimizer's step within 15%, that of the whole update within 5%; what
-    is held between them too. Below 50 MB nothing is compared."""
+    """Every peak of a pass, of log-probs and of the optimizer's step within 15%, that of the whole update within 5%;
+    what is held between them too. Below 50 MB nothing is compared."""
     found = {(phase, kind): estimate / measured for phase, kind, measured, estimate in compared(line) if measured > 5e7}
     assert all(abs(ratio - 1) < 0.15 for (_, kind), ratio in found.items() if kind == "peak"), found
     assert abs(found["train", "peak"] - 1) < 0.05
