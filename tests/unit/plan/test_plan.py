@@ -126,9 +126,8 @@ def test_a_search_ranks_what_fits_first(planned, tmp_path, cluster):
         "max_position_embeddings": 8192,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    code, out, _ = planned(
-        "search", f"model.hf={tmp_path}", f"cluster={cluster}", "device=cuda", "precision=bf16", "plan.format=json"
-    )
+    arguments = [f"model.hf={tmp_path}", f"cluster={cluster}", "device=cuda", "precision=bf16", "plan.format=json"]
+    code, out, _ = planned("search", *arguments)
     found = json.loads(out)
     assert code == 0
     rows = found["layouts"]
@@ -136,6 +135,12 @@ def test_a_search_ranks_what_fits_first(planned, tmp_path, cluster):
     times = [row["seconds_per_update"] for row in rows]
     assert times == sorted(times)
     assert (found["searched"] == 1) is (cluster == "h100_1")
+    # A plan of the first says the same of it.
+    sizes = [f"parallel.{part}" for part in rows[0]["layout"].split(",") if "=" in part and "stages" not in part]
+    code, out, _ = planned(*arguments, *sizes, f"memory.recompute={rows[0]['recompute']}")
+    assert code == 0
+    assert json.loads(out)["seconds_per_update"] == pytest.approx(rows[0]["seconds_per_update"])
+    assert json.loads(out)["headroom_bytes"] == rows[0]["headroom_bytes"]
 
 
 def test_the_command_asks_megatron_and_prints_one_document(tmp_path):
