@@ -52,6 +52,33 @@ def train(arguments: Sequence[str]) -> int:
     return _for_each_composed("train", arguments, lambda config: _launcher("local").run(config))
 
 
+def plan(arguments: Sequence[str]) -> int:
+    """Say what a run would take: memory of every rank, time, disk; `plan search` compares layouts."""
+    if "-h" in arguments or "--help" in arguments:
+        print(textwrap.dedent(PLAN_HELP), flush=True)
+        return 0
+    if arguments and arguments[0] == "search":
+        return _for_each_composed("plan", arguments[1:], lambda config: _planner("search").search(config))
+    return _for_each_composed("plan", arguments, lambda config: _planner("run").plan(config))
+
+
+PLAN_HELP = """\
+    usage: r1mega plan [search] [GROUP=OPTION ...] [SECTION.FIELD=VALUE ...] [HYDRA FLAGS]
+
+    Works out, without a GPU, weights or data, what the run of these options would take: parameters and bytes of every
+    rank (from Megatron itself, in an imagined world), memory of each phase at its worst instant against cluster.*,
+    time, disk, and what would make it fit. The model's shape is model.hf's config.json, or that of model.card. What
+    cannot be worked out is assumed in the section `plan` (`r1mega train --help` lists it).
+      r1mega plan model.card=deepseek_v3_671b cluster=h100_64x8 parallel.pp=16 parallel.ep=32 ...
+      r1mega plan ... plan.format=json          one JSON document on standard output
+      r1mega plan search ...                    layouts for this model and cluster, the fastest that fit first
+    Exit code 0 where it fits, 1 where it does not, 2 where it cannot be (with every reason)."""
+
+
+def _planner(name: str) -> ModuleType:
+    return importlib.import_module(f"r1mega.plan.{name}")
+
+
 def _for_each_composed(command: str, arguments: Sequence[str], action: Callable[[Config], int]) -> int:
     """Compose a configuration from the arguments and act on it, several times in a sweep; the exit code."""
     import hydra
@@ -193,7 +220,7 @@ def _train_help() -> str:
     return "\n".join(lines)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "replay": replay}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "replay": replay, "plan": plan}
 
 
 if __name__ == "__main__":

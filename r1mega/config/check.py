@@ -10,6 +10,7 @@ from pathlib import Path
 
 from r1mega.config.check_cluster import check_cluster
 from r1mega.config.check_engines import check_engines
+from r1mega.config.check_plan import PLAN_BOUNDS
 from r1mega.config.check_schedule import check_schedule
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
 from r1mega.config.choices import (
@@ -124,6 +125,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
             "disk_gb_per_s",
         )
     ),
+    *PLAN_BOUNDS,
 )
 
 

@@ -31,3 +31,4 @@ RouterPolicy = StrEnum("RouterPolicy", ["cache_aware", "power_of_two", "round_ro
 KvCacheDtype = StrEnum("KvCacheDtype", ["auto", "bf16", "fp8_e4m3", "fp8_e5m2"])
 MoeA2aBackend = StrEnum("MoeA2aBackend", ["none", "deepep"])
 Scheduler = StrEnum("Scheduler", ["local", "slurm"])
+PlanFormat = StrEnum("PlanFormat", ["table", "json"])

@@ -30,6 +30,7 @@ from r1mega.config.choices import (
     WandbMode,
 )
 from r1mega.config.schema_cluster import ClusterConfig
+from r1mega.config.schema_plan import PlanConfig
 from r1mega.config.schema_reward import RewardConfig
 from r1mega.config.schema_rollout import RolloutConfig, SglangConfig
 
@@ -336,3 +337,4 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)

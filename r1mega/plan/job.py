@@ -1,0 +1,163 @@
+"""A configuration -> the plain numbers a plan is made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from r1mega.config.choices import DeviceType, EngineKind, KvCacheDtype, Loop, Mtp, ParamDtype
+from r1mega.config.schema import Config
+from r1mega.metrics.flops import Experts, GroupedQueryAttention, LatentAttention, ModelShape
+from r1mega.models.hf_fields import HfFields
+from r1mega.parallel.layout import Layout
+from r1mega.plan.activations import Compute, Pack
+from r1mega.plan.engine import Engine
+from r1mega.plan.memory import States
+
+GIB = float(1 << 30)
+FILL = 0.9  # of micro-batches, on the mean (algo.packing; ours)
+_PAD = 1.15  # positions over tokens where rows of a pack of like lengths are padded to the longest (ours)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run computes, in numbers.
+
+    Lengths are in tokens. `max_tokens` is the limit of a micro-batch, `longest` a whole sequence at most.
+    """
+
+    is_rl: bool
+    updates: int
+    updates_per_round: int
+    samples_per_update: int
+    mean_prompt: float
+    mean_response: float
+    longest: int
+    longest_response: int
+    max_tokens: int
+    has_anchor: bool
+    has_reference: bool
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a sequence on the mean."""
+        return self.mean_prompt + self.mean_response
+
+    @property
+    def tokens_per_update(self) -> float:
+        """Prompts and responses of an update."""
+        return self.samples_per_update * self.mean_length
+
+    def micro_batches(self, layout: Layout) -> int:
+        """Of an update on each data-parallel part; an interleaved pipeline takes a multiple of its stages."""
+        count = max(1, math.ceil(self.tokens_per_update / layout.dp / (self.max_tokens * FILL)))
+        return math.ceil(count / layout.pp) * layout.pp if layout.vpp > 1 else count
+
+    def worst_pack(self, layout: Layout) -> Pack:
+        """The largest micro-batch that can come: full, of sequences of unlike lengths, nearly all of it responses."""
+        samples = max(1, math.ceil(self.samples_per_update / layout.dp))
+        tokens = min(self.max_tokens, samples * self.longest)
+        share = self.longest_response / self.longest if self.is_rl else 1.0
+        is_one = self.longest >= tokens
+        padded = tokens if is_one else round(tokens * _PAD)
+        return Pack(min(self.longest, tokens), tokens, round(tokens * share), padded, padded * self.longest, is_one)
+
+
+def job_of(config: Config) -> Job:
+    """What the configured loop computes."""
+    plan = config.plan
+    if config.stage.loop is Loop.sft:
+        sft = config.sft
+        response = plan.mean_response_tokens or 0.2 * sft.max_length
+        prompt = plan.mean_prompt_tokens or 0.0
+        return Job(
+            False, sft.updates, 1, sft.batch_size, prompt, response, sft.max_length, sft.max_length,
+            sft.max_tokens_per_micro_batch, False, False,
+        )  # fmt: skip
+    algo, rollout = config.algo, config.rollout
+    prompt = plan.mean_prompt_tokens or config.data.max_prompt_tokens / 4
+    response = plan.mean_response_tokens or 0.3 * rollout.max_tokens
+    return Job(
+        is_rl=True,
+        updates=algo.updates,
+        updates_per_round=algo.updates_per_round,
+        samples_per_update=algo.samples_per_round // algo.updates_per_round,
+        mean_prompt=prompt,
+        mean_response=response,
+        longest=config.data.max_prompt_tokens + rollout.max_tokens,
+        longest_response=rollout.max_tokens,
+        max_tokens=algo.max_tokens_per_micro_batch,
+        has_anchor=algo.updates_per_round > 1,
+        has_reference=algo.kl_coef > 0,
+    )
+
+
+def compute_of(config: Config) -> Compute:
+    """How layers compute."""
+    memory = config.memory
+    return Compute(
+        layer_spec=str(config.device.layer_spec),
+        itemsize=4 if config.precision.params is ParamDtype.fp32 else 2,
+        fp8=config.precision.fp8,
+        recompute=str(memory.recompute),
+        recompute_modules=tuple(memory.recompute_modules),
+        recompute_num_layers=memory.recompute_num_layers,
+        chunk_tokens=memory.logprob_chunk_tokens,
+        balances=config.model.router_balance_coef > 0,
+        unevenness=config.plan.expert_unevenness,
+        on_cpu=config.device.type is DeviceType.cpu,
+    )
+
+
+def states_of(config: Config) -> States:
+    """How parameters and their optimizer states are held. Where there is a GPU there is Transformer Engine (the extra
+    `gpu`), and with it a fused Adam."""
+    return States(
+        params=4 if config.precision.params is ParamDtype.fp32 else 2,
+        moments=4 if config.precision.moments is ParamDtype.fp32 else 2,
+        offloads=config.memory.offload,
+        steps_in_place=config.device.type is DeviceType.cuda,
+    )
+
+
+def engine_of(config: Config, fields: HfFields) -> Engine | None:
+    """One engine; None where nothing is generated."""
+    if config.stage.loop is Loop.sft:
+        return None
+    held = str(config.precision.params)
+    if config.rollout.engine is EngineKind.embedded:
+        return Engine(fields, 1, 1, held, 4.0 if held == "fp32" else 2.0)
+    sglang = config.sglang
+    dtype = str(sglang.dtype or held)
+    wide = 4.0 if dtype == "fp32" else 2.0
+    cache = {KvCacheDtype.auto: wide, KvCacheDtype.bf16: 2.0}.get(sglang.kv_cache_dtype, 1.0)
+    drafts = sglang.speculative_steps > 0
+    return Engine(fields, sglang.tp, sglang.attn_dp, dtype, cache, sglang.redundant_experts, drafts)
+
+
+def trains_mtp(config: Config, fields: HfFields) -> bool:
+    """Whether the multi-token-prediction layer is computed in training."""
+    return fields.num_mtp_layers > 0 and config.model.mtp is Mtp.train
+
+
+def shape_of(fields: HfFields) -> ModelShape:
+    """The model's shape as FLOPs are reckoned from it."""
+    attention: GroupedQueryAttention | LatentAttention
+    experts = None
+    if fields.is_moe:
+        attention = LatentAttention(
+            fields["num_attention_heads"], fields["q_lora_rank"], fields["kv_lora_rank"], fields["qk_nope_head_dim"],
+            fields["qk_rope_head_dim"], fields["v_head_dim"],
+        )  # fmt: skip
+        experts = Experts(
+            fields["n_routed_experts"], fields["num_experts_per_tok"], fields["moe_intermediate_size"],
+            fields["n_shared_experts"], fields["first_k_dense_replace"], gate_bias=True,
+        )  # fmt: skip
+    else:
+        attention = GroupedQueryAttention(
+            fields["num_attention_heads"], fields["num_key_value_heads"], fields.head_dim, fields.family == "qwen2"
+        )
+    return ModelShape(
+        fields["hidden_size"], fields["num_hidden_layers"], fields["vocab_size"], fields["intermediate_size"],
+        attention, experts, fields["tie_word_embeddings"],
+    )  # fmt: skip

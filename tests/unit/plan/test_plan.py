@@ -1,0 +1,170 @@
+"""`r1mega plan` on the command line: its answers, exit codes and the one JSON document."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from r1mega import cli
+from r1mega.models import hf_fields
+from r1mega.models.hf_fields import HfFields
+from r1mega.parallel.layout import Layout
+from r1mega.plan import held, run, suggest
+
+REPO = Path(__file__).resolve().parents[3]
+V3_512 = [
+    "model.card=deepseek_v3_671b", "cluster=h100_64x8", "device=cuda", "precision=bf16", "memory=lean",
+    "parallel.tp=8", "parallel.pp=16", "parallel.ep=32", "parallel.dp=4", "rollout=sglang", "sglang.tp=64",
+    "parallel.stages=[3,4,4,4,4,4,4,4,4,4,4,4,4,4,4,2]", "sglang.ep=64", "sglang.nodes_per_engine=8",
+    "sglang.attn_dp=8", "rollout.engines=8", "sglang.release=true", "algo=r1_zero", "rollout.max_tokens=32768",
+    "algo.max_tokens_per_micro_batch=34000", "checkpoint.every=160", "plan.format=json",
+]  # fmt: skip
+
+
+_TABLES: dict[str, held.Table] = {}
+
+
+def table_of(fields: HfFields) -> held.Table:
+    """The table of a model, made once: DeepSeek-V3's has 31,016 rows."""
+    key = json.dumps([fields.values, fields.num_mtp_layers], sort_keys=True)
+    if key not in _TABLES:
+        _TABLES[key] = held.Table(fields)
+    return _TABLES[key]
+
+
+@pytest.fixture
+def by_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table instead of Megatron, which says the same (test_held) and takes longer."""
+
+    def from_table(fields, layout, *, freezes_mtp, on_stage):
+        return table_of(fields).held(layout, freezes_mtp=freezes_mtp)
+
+    monkeypatch.setattr(run.holdings, "from_megatron", from_table)
+    monkeypatch.setattr(suggest, "Table", table_of)
+
+
+@pytest.fixture
+def planned(by_table: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> Callable[..., tuple]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["r1mega"])
+
+    def ask(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main(["plan", *arguments])
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return ask
+
+
+def test_a_run_that_fits(planned):
+    code, out, _ = planned(*V3_512)
+    document = json.loads(out)
+    assert code == 0 and document["fits"] and document["misfits"] == []
+    assert document["world_size"] == document["num_gpus"] == 512
+    assert document["updates"] == 10_400
+    assert document["tokens_per_update"] == 512 * (128 + round(0.3 * 32_768)) + 205  # a quarter of 512, 9,830.4
+    assert [rank["coordinate"]["pp"] for rank in document["ranks"]] == list(range(16))
+    assert sum(rank["num_ranks"] for rank in document["ranks"]) == 512
+    for rank in document["ranks"]:
+        assert rank["parameter_bytes"] == 2 * rank["parameters"]
+        assert set(rank["bytes"]) == {"train", "logprobs", "reference", "publish", "rollout", "checkpoint"}
+        assert max(rank["device_peak"].values()) <= 80 * 2**30
+    assert document["total_seconds"] == pytest.approx(10_400 * document["seconds_per_update"])
+    assert document["model_elements"] == 671_026_419_200 + 11_610_068_224
+
+
+def test_a_run_that_does_not_fit_and_what_would_help(planned):
+    code, out, _ = planned(*V3_512, "parallel.tp=1", "parallel.dp=32", "memory.recompute=none")
+    document = json.loads(out)
+    assert code == 1 and not document["fits"]
+    assert any(line.startswith("train: pipeline stage") for line in document["misfits"])
+    assert any("memory.recompute=full" in line for line in document["suggestions"])
+
+
+def test_the_suggestions_are_true(planned):
+    """What is said to fit does."""
+    arguments = [*V3_512, "memory.recompute=none"]
+    code, out, _ = planned(*arguments)
+    assert code == 1
+    override, _, verdict = json.loads(out)["suggestions"][0].partition(":")
+    assert verdict.startswith(" fits")
+    assert planned(*arguments, *override.split())[0] == 0
+
+
+def test_everything_that_is_wrong_is_said_at_once(planned):
+    code, out, err = planned(
+        *V3_512, "parallel.tp=3", "parallel.stages=null", "algo.updates=7", "sglang.ep=5", "memory.offload=false"
+    )
+    assert (code, out) == (2, "")
+    for field in ("parallel.tp: got 3", "parallel.pp: got pp=16", "algo.updates: got 7", "sglang.ep: got 5"):
+        assert field in err
+
+
+def test_no_model_is_named(planned):
+    code, out, err = planned("cluster=h100_1")
+    assert (code, out) == (2, "")
+    assert "model.hf: got nothing" in err and "deepseek_v3_671b" in err
+
+
+def test_a_table_for_people(planned):
+    code, out, _ = planned(*V3_512[:-1])
+    assert code == 0
+    assert "fits: at most" in out and "pipeline bubble" in out and "engines: 8 of 64 ranks" in out
+
+
+@pytest.mark.parametrize("cluster", ["h100_1", "h100_1x8"])
+def test_a_search_ranks_what_fits_first(planned, tmp_path, cluster):
+    shape = {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    arguments = [f"model.hf={tmp_path}", f"cluster={cluster}", "device=cuda", "precision=bf16", "plan.format=json"]
+    code, out, _ = planned("search", *arguments)
+    found = json.loads(out)
+    assert code == 0
+    rows = found["layouts"]
+    assert all(row["fits"] for row in rows)
+    times = [row["seconds_per_update"] for row in rows]
+    assert times == sorted(times)
+    assert (found["searched"] == 1) is (cluster == "h100_1")
+    # A plan of the first says the same of it.
+    sizes = [f"parallel.{part}" for part in rows[0]["layout"].split(",") if "=" in part and "stages" not in part]
+    code, out, _ = planned(*arguments, *sizes, f"memory.recompute={rows[0]['recompute']}")
+    assert code == 0
+    assert json.loads(out)["seconds_per_update"] == pytest.approx(rows[0]["seconds_per_update"])
+    assert json.loads(out)["headroom_bytes"] == rows[0]["headroom_bytes"]
+
+
+def test_the_command_asks_megatron_and_prints_one_document(tmp_path):
+    shape = {
+        "model_type": "deepseek_v3", "vocab_size": 251, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+        "v_head_dim": 12, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4,
+        "topk_group": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    argv = [
+        sys.executable, "-m", "r1mega.cli", "plan", f"model.hf={tmp_path}", "cluster.gpus_per_node=8", "parallel.tp=2",
+        "parallel.pp=2", "parallel.ep=4", "parallel.dp=2", "model.mtp=freeze", "plan.format=json",
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    fields, layout = hf_fields.read(tmp_path), Layout(tp=2, pp=2, ep=4, dp=2)
+    expected = held.Table(fields).held(layout, freezes_mtp=True)
+    assert [rank["parameters"] for rank in document["ranks"]] == [part.parameters for part in expected]
+    assert [rank["parameter_bytes"] for rank in document["ranks"]] == [4 * part.parameters for part in expected]
+    assert [rank["gate_biases"] for rank in document["ranks"]] == [part.gate_biases for part in expected] == [8, 24]
+    assert document["model_elements"] == sum(part.distinct for part in expected)
+    assert expected[1].frozen > 0 and expected[0].frozen == 0
