@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from r1mega.config.check_engines import check_engines
+from r1mega.config.check_slurm import check_slurm
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
 from r1mega.config.choices import DataFormat, DeviceType, Dispatcher, Init, LayerSpec, Loop, Mtp, ParamDtype, Recompute
 from r1mega.config.faults import Fault
@@ -125,6 +126,7 @@ def check(config: Config) -> list[Fault]:
         *_check_checkpoint(config),
         *_check_device(config),
         *check_engines(config),
+        *check_slurm(config),
         *_check_data(config),
         *_check_rewards(config),
         *_check_optim(config),

@@ -32,6 +32,7 @@ from r1mega.config.choices import (
 from r1mega.config.schema_cluster import ClusterConfig
 from r1mega.config.schema_reward import RewardConfig
 from r1mega.config.schema_rollout import RolloutConfig, SglangConfig
+from r1mega.config.schema_slurm import SlurmConfig
 
 
 @dataclass
@@ -326,3 +327,4 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from r1mega.config.check import check, longest_response
@@ -22,9 +22,9 @@ LATE_CHECKS: tuple[Check, ...] = (check_tensors, check_tokens, check_sglang)
 SFT_KEYS = ("prompt", "response")
 
 
-def require(config: Config, late_checks: Sequence[Check] = LATE_CHECKS) -> None:
-    """Raises ConfigError with every fault found."""
-    faults: list[Fault | str] = list(check(config))
+def require(config: Config, late_checks: Sequence[Check] = LATE_CHECKS, *, also: Iterable[Fault] = ()) -> None:
+    """Raises ConfigError with every fault found, those that the caller has found among them."""
+    faults: list[Fault | str] = [*check(config), *also]
     sizes_are_sound = not any(isinstance(fault, Fault) and fault.field.startswith("parallel.") for fault in faults)
     if config.model.hf and Path(config.model.hf).is_dir():
         faults += _check_model(config, sizes_are_sound)
