@@ -72,6 +72,11 @@ SUBMIT_HELP = """\
     has ended. The fields under `slurm.` are those of `r1mega train --help`; docs/cluster.md tells the rest."""
 
 
+def doctor(arguments: Sequence[str]) -> int:
+    """Say what this machine can run, what is missing, what that costs and how to get it."""
+    return _launcher("doctor").main(arguments)
+
+
 def _for_each_composed(command: str, arguments: Sequence[str], action: Callable[[Config], int]) -> int:
     """Compose a configuration from the arguments and act on it, several times in a sweep; the exit code."""
     import hydra
@@ -217,6 +222,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "submit": submit,
     "replay": replay,
+    "doctor": doctor,
 }
 
 
