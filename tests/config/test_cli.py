@@ -71,7 +71,9 @@ def test_help_into_a_reader_that_stops_reading() -> None:
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
-    assert capsys.readouterr().err == "r1mega: unknown command 'trian'; the commands are: train, submit, replay, doctor\n"
+    assert (
+        capsys.readouterr().err == "r1mega: unknown command 'trian'; the commands are: train, submit, replay, doctor\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,11 @@ class Cluster:
             self._start(["slurmctld", "-D", "-i"])
             for node in NODES:
                 self.start_node(node)
-            wait_for(lambda: self.ask("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split() == ["idle"] * 2, 60, "two idle nodes")
+            wait_for(
+                lambda: self.ask("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split() == ["idle"] * 2,
+                60,
+                "two idle nodes",
+            )
         except BaseException:
             self.close()
             raise
