@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SOON = 150.0  # until a job's ranks have come to their first updates, on a busy machine
-UPDATES = 60
-LONG = (f"algo.updates={UPDATES}", "checkpoint.every=20")
+UPDATES = 40
+LONG = (f"algo.updates={UPDATES}", "checkpoint.every=10")
 
 
 def metrics_of(run_dir: Path) -> list[dict]:
@@ -100,7 +100,7 @@ def test_a_preempted_job_saves_and_goes_on(runs, whole) -> None:
 def test_a_job_that_lost_a_node_goes_on_from_its_last_checkpoint(runs, whole) -> None:
     job = runs.job("lost", *LONG)
     checkpoints = runs.place / "lost" / "checkpoints"
-    wait_for(lambda: (checkpoints / "update-000020" / "manifest.json").exists(), SOON, "a checkpoint")
+    wait_for(lambda: (checkpoints / "update-000010" / "manifest.json").exists(), SOON, "a checkpoint")
     runs.cluster.lose_node("n2")
     wait_for(lambda: "the job is queued again" in runs.output("lost"), 90, "a requeue")
     assert "lost n2; the job is queued again" in runs.output("lost")
@@ -116,7 +116,7 @@ def test_a_cancelled_job_ends_and_stays_ended_until_it_is_submitted_again(runs, 
     again = runs.submit("cancelled", *LONG, "run.resume=true")
     assert again.returncode == 2 and f"job {job} of this run is" in again.stderr
     checkpoints = runs.place / "cancelled" / "checkpoints"
-    wait_for(lambda: (checkpoints / "update-000020" / "manifest.json").exists(), SOON, "a checkpoint")
+    wait_for(lambda: (checkpoints / "update-000010" / "manifest.json").exists(), SOON, "a checkpoint")
     runs.cluster.ask("scancel", job)
     assert runs.cluster.wait_for_state(job, ["CANCELLED"], 30) == "CANCELLED"
     wait_for(lambda: not runs.cluster.ask("squeue", "-h"), 60, "an empty queue")
