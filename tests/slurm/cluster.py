@@ -117,6 +117,10 @@ class Cluster:
         """The command lines of what runs on the nodes."""
         return [self._words(process) for process in self._mine() if self._node_of(process) is not None]
 
+    def processes(self, node: str) -> list[psutil.Process]:
+        """What Slurm runs on this node."""
+        return [process for process in self._mine() if self._node_of(process) == node]
+
     def start_node(self, node: str) -> None:
         """Start the slurmd of a node."""
         self._start(["slurmd", "-D", "-N", node])
@@ -124,7 +128,7 @@ class Cluster:
     def lose_node(self, node: str) -> None:
         """What a machine's end looks like from outside: its slurmd and all it has started are gone at once."""
         daemons = [process for process in self._started if self._words(process).endswith(f"-N {node}")]
-        tasks = [process for process in self._mine() if self._node_of(process) == node]
+        tasks = self.processes(node)
         minders = {
             parent.pid: parent for parent in map(parent_of, tasks) if parent and "slurmstepd" in self._words(parent)
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from r1mega.config.check import _is_absent
 from r1mega.config.check_slurm import check_slurm, check_submit, ranks_per_node
 from r1mega.config.choices import DeviceType, EngineKind, Loop, Scheduler
 from r1mega.config.faults import ConfigError
@@ -111,6 +112,12 @@ def test_a_job_that_cannot_be_is_refused_before_it_is_queued(tmp_path: Path, sec
 @pytest.mark.parametrize("limit", ["90", "24:00:00", "2-12", "2-12:30:00", "UNLIMITED"])
 def test_times_that_sbatch_takes(tmp_path: Path, limit: str) -> None:
     assert faults(config_at(tmp_path, slurm=SlurmConfig(time_limit=limit))) == []
+
+
+@pytest.mark.parametrize(("image", "is_absent"), [(None, True), ("r1mega.sqsh", False)])
+def test_packages_of_a_container_are_not_looked_for_outside(tmp_path: Path, image: str | None, is_absent: bool) -> None:
+    assert _is_absent(config_at(tmp_path, slurm=SlurmConfig(container_image=image)), "no_such_package") is is_absent
+    assert not _is_absent(config_at(tmp_path, slurm=SlurmConfig(container_image=image)), "json")
 
 
 def with_servers(path: Path, **changes: object) -> Config:
