@@ -15,7 +15,7 @@ from r1mega.launch.slurm_rank import ENDED, STARTED
 from r1mega.launch.supervise import SETTLE_SECONDS, Companions, EndedRank, WorldResult, blame, failure, tail
 from r1mega.loop.stop import STOPPED
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 _SETTLE_SECONDS = 4 * SETTLE_SECONDS  # reports come over a shared file system
 _END_SECONDS = 20.0  # srun waits 12 s for tasks that it has killed
 _LATE_SECONDS = 5.0  # a report may be seen after srun's end

@@ -40,7 +40,7 @@ SchedulerParameters=sched_interval=2,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-KillWait=10
+KillWait=5
 SlurmdTimeout=20
 ReturnToService=2
 MpiDefault=none

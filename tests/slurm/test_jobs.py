@@ -57,70 +57,73 @@ def test_a_run_over_two_nodes_to_its_end(runs, whole) -> None:
     assert not torch.equal(moved, torch.ones_like(moved)), "a run that changes nothing proves little"
 
 
-def test_what_slurm_warns_of_before_the_time_limit_is_a_checkpoint_and_a_requeue(runs, whole) -> None:
-    """The signal of --signal=B:USR1, which Slurm sends to the job's script alone."""
-    job = runs.job("warned", *LONG)
-    wait_for(lambda: len(runs.updates("warned")) >= 2, SOON, "two updates")
-    runs.cluster.ask("scancel", "--batch", "--signal=USR1", job)
-    wait_for(lambda: "the job is queued again" in runs.output("warned"), 60, "a requeue")
-    said = runs.output("warned")
-    assert "asked to stop by SIGUSR1 to the job; a checkpoint is written; the job is queued again" in said
-    stopped = runs.updates("warned")
-    assert stopped == list(range(1, stopped[-1] + 1)) and stopped[-1] < UPDATES
-    assert (runs.place / "warned" / "checkpoints" / f"update-{stopped[-1]:06d}" / "manifest.json").exists()
-    runs.cluster.wait_for_state(job, ["COMPLETED"], 200)
-    assert f"start 1, on n1 n2: goes on from {runs.place}/warned/checkpoints/update-{stopped[-1]:06d}" in runs.output(
-        "warned"
-    )
-    assert_same_run(runs.place / "warned", whole)
-
-
-def test_a_preempted_job_saves_and_goes_on(runs, whole) -> None:
-    """Slurm tells the tasks alone, by SIGTERM, and waits for the grace time of the partition."""
-    job = runs.job("preempted", *LONG, "slurm.partition=low")
-    wait_for(lambda: len(runs.updates("preempted")) >= 2, SOON, "two updates")
-    urgent = [
-        "sbatch",
-        "--parsable",
-        "--partition=high",
-        "--nodes=2",
-        "--exclusive",
-        "--output=/dev/null",
-        "--wrap=sleep 1",
-    ]
-    other = runs.cluster.ask(*urgent)
+def test_a_job_that_is_preempted_and_then_comes_to_its_time_limit(runs, whole) -> None:
+    """Of a preemption Slurm tells the tasks alone, by SIGTERM, and waits for the grace time of the partition; near the
+    time limit it tells the job's script alone, by the signal of --signal=B:USR1."""
+    job = runs.job("asked", *LONG, "slurm.partition=low")
+    wait_for(lambda: len(runs.updates("asked")) >= 2, SOON, "two updates")
+    urgent = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    other = runs.cluster.ask(*urgent, "--wrap=sleep 1")
     assert runs.cluster.wait_for_state(other, ["COMPLETED", "FAILED"], 90) == "COMPLETED"
-    said = runs.output("preempted")
+    said = runs.output("asked")
     assert "asked to stop by SIGTERM to rank" in said and "the job is queued again" in said
-    runs.cluster.wait_for_state(job, ["COMPLETED"], 200)
-    assert "start 1, on n1 n2: goes on from" in runs.output("preempted")
-    assert_same_run(runs.place / "preempted", whole)
+    first = saved_last(runs, "asked")
+
+    wait_for(lambda: len(runs.updates("asked")) >= first + 2, SOON, "two updates more")
+    runs.cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: runs.output("asked").count("the job is queued again") == 2, 60, "a second requeue")
+    said = runs.output("asked")
+    assert "asked to stop by SIGUSR1 to the job; a checkpoint is written; the job is queued again" in said
+    second = saved_last(runs, "asked")
+    assert first < second < UPDATES
+
+    runs.cluster.wait_for_state(job, ["COMPLETED"], SOON)
+    for start, update in enumerate((first, second), start=1):
+        goes_on = f"start {start}, on n1 n2: goes on from {runs.place}/asked/checkpoints/update-{update:06d}"
+        assert goes_on in runs.output("asked")
+    assert_same_run(runs.place / "asked", whole)
 
 
-def test_a_job_that_lost_a_node_goes_on_from_its_last_checkpoint(runs, whole) -> None:
+def saved_last(runs, name: str) -> int:
+    """The update of the newest checkpoint, which is the last one that the run has done."""
+    done = runs.updates(name)
+    assert done == list(range(1, done[-1] + 1))
+    assert (runs.place / name / "checkpoints" / f"update-{done[-1]:06d}" / "manifest.json").exists()
+    return done[-1]
+
+
+def test_a_job_that_loses_a_node_and_is_then_cancelled(runs, whole) -> None:
+    """It goes on by itself after the first, from the last checkpoint; after the second when it is submitted again."""
     job = runs.job("lost", *LONG)
+    again = runs.submit("lost", *LONG, "run.resume=true")
+    assert again.returncode == 2 and f"job {job} of this run is" in again.stderr
     checkpoints = runs.place / "lost" / "checkpoints"
     wait_for(lambda: (checkpoints / "update-000010" / "manifest.json").exists(), SOON, "a checkpoint")
     runs.cluster.lose_node("n2")
     wait_for(lambda: "the job is queued again" in runs.output("lost"), 90, "a requeue")
     assert "lost n2; the job is queued again" in runs.output("lost")
     runs.cluster.start_node("n2")
-    runs.cluster.wait_for_state(job, ["COMPLETED"], 200)
-    said = runs.output("lost")
-    assert f"start 1, on n1 n2: goes on from {checkpoints}/update-0000" in said
+    wait_for(lambda: f"start 1, on n1 n2: goes on from {checkpoints}/update-0000" in runs.output("lost"), 90, "a start")
+
+    wait_for(lambda: (checkpoints / "update-000020" / "manifest.json").exists(), SOON, "another checkpoint")
+    runs.cluster.ask("scancel", job)
+    assert runs.cluster.wait_for_state(job, ["CANCELLED", "COMPLETED"], 30) == "CANCELLED"
+    wait_for(lambda: not runs.cluster.ask("squeue", "-h"), 60, "an empty queue")
+    assert not [words for words in runs.cluster.tasks() if "r1mega" in words], "processes of the run live on"
+    assert runs.output("lost").count("the job is queued again") == 1
+
+    runs.cluster.wait_for_state(runs.job("lost", *LONG, "run.resume=true"), ["COMPLETED"], SOON)
     assert_same_run(runs.place / "lost", whole)
 
 
-def test_a_cancelled_job_ends_and_stays_ended_until_it_is_submitted_again(runs, whole) -> None:
-    job = runs.job("cancelled", *LONG)
-    again = runs.submit("cancelled", *LONG, "run.resume=true")
-    assert again.returncode == 2 and f"job {job} of this run is" in again.stderr
-    checkpoints = runs.place / "cancelled" / "checkpoints"
-    wait_for(lambda: (checkpoints / "update-000010" / "manifest.json").exists(), SOON, "a checkpoint")
+@pytest.mark.extended
+def test_the_time_limit_itself(runs) -> None:
+    """Two minutes, with a warning one minute before, as Slurm's clock has it; then the run goes on."""
+    endless = ("algo.updates=100000", "checkpoint.every=10", "slurm.time_limit='2'", "slurm.signal_seconds=60")
+    job = runs.job("limited", *endless)
+    wait_for(lambda: "the job is queued again" in runs.output("limited"), 150, "the warning")
+    assert "asked to stop by SIGUSR1 to the job; a checkpoint is written" in runs.output("limited")
+    last = saved_last(runs, "limited")
+    wait_for(lambda: len(runs.updates("limited")) > last, SOON, "updates after it")
     runs.cluster.ask("scancel", job)
-    assert runs.cluster.wait_for_state(job, ["CANCELLED"], 30) == "CANCELLED"
-    wait_for(lambda: not runs.cluster.ask("squeue", "-h"), 60, "an empty queue")
-    assert not [process for process in runs.cluster.tasks() if "r1mega" in process], "processes of the run live on"
-    assert "queued again" not in runs.output("cancelled").replace("is not queued again", "")
-    runs.cluster.wait_for_state(runs.job("cancelled", *LONG, "run.resume=true"), ["COMPLETED"], 200)
-    assert_same_run(runs.place / "cancelled", whole)
+    assert runs.updates("limited")[: last + 1] == list(range(1, last + 2))
