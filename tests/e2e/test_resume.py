@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from r1mega.loop.stop import STOPPED
 from r1mega.train.checkpoint_store import CheckpointStore
 
 COMMON = ["logger.console=false", "logger.tensorboard=false", "checkpoint.keep_newest=9"]
@@ -162,6 +163,28 @@ def test_rl_goes_on_as_if_never_stopped(rl_runs, whole_rl, name):
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
         "latest", "update-000002", "update-000004", "update-000006",
     ]  # fmt: skip
+
+
+@pytest.mark.extended
+def test_rl_that_is_asked_to_stop_saves_and_goes_on(checkpoint, files, whole_rl, tmp_path):
+    """SIGUSR1 to the launcher: a checkpoint at the end of the round, though none was due, and an exit code that says so.
+    (tests/slurm asks a job, where there is Slurm.)"""
+    run_dir = tmp_path / "run"
+    overrides = [*rl(checkpoint("deepseek_v3"), files, run_dir), "checkpoint.every=6"]
+    process = subprocess.Popen(command(*overrides), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < limit, "no first update"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == STOPPED, said
+    assert "stopped as asked, after a checkpoint" in said
+    done = metrics_of(run_dir)[-1]["update"]
+    assert done < 6 and (run_dir / "checkpoints" / f"update-{done:06d}" / "manifest.json").exists()
+    resumed = train(*overrides, "run.resume=true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(run_dir, whole_rl)
 
 
 def test_offloading_changes_nothing(rl_runs, whole_rl):
