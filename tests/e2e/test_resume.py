@@ -167,7 +167,7 @@ def test_rl_goes_on_as_if_never_stopped(rl_runs, whole_rl, name):
 
 @pytest.mark.extended
 def test_rl_that_is_asked_to_stop_saves_and_goes_on(checkpoint, files, whole_rl, tmp_path):
-    """SIGUSR1 to the launcher: a checkpoint at the end of the round, though none is due, and an exit code of its own."""
+    """SIGUSR1 to the launcher: a checkpoint at the end of the round, though none is due, and its own exit code."""
     run_dir = tmp_path / "run"
     overrides = [*rl(checkpoint("deepseek_v3"), files, run_dir), "checkpoint.every=6"]
     process = subprocess.Popen(command(*overrides), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
