@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from r1mega.launch.supervise import die_with_parent
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("n1", "n2")
 REMEDY = "as root on Debian or Ubuntu: make slurm-test-env (or apt-get install slurm-wlm munge)"
@@ -165,7 +167,13 @@ class Cluster:
     def _start(self, command: Sequence[str]) -> None:
         log = (self.place / f"{Path(command[0]).name}.out").open("ab")
         process = subprocess.Popen(
-            command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=die_with_parent(os.getpid()),  # tests that are killed leave no daemons
         )
         log.close()
         self._started.append(psutil.Process(process.pid))
