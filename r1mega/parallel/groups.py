@@ -86,8 +86,7 @@ def _meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     `timeout`. Raises torch's DistStoreError, which says how many have come, or DistNetworkError.
     """
     patience = float(os.environ.get("R1MEGA_RENDEZVOUS_SECONDS", timeout.total_seconds()))
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timedelta(seconds=patience))
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=patience)))
     store.set_timeout(timeout)
     return store
 
