@@ -139,13 +139,12 @@ def _world(config: Config, job: Job, config_path: Path, folder: Path, log_dir: P
     command += [python, "-m", "r1mega.launch.slurm_rank", "--folder", str(folder), "--per-node", str(per_node)]
     command += ["--run-dir", str(Path(config.run.dir).absolute()), "--"]
     command += [python, "-m", WORKER, "--config", str(config_path)]
-    env = {**os.environ, **worker_env(config.device.type, config.device.threads)}
-    env["MASTER_ADDR"] = slurm.address_of(nodes[0])
-    env["R1MEGA_RENDEZVOUS_SECONDS"] = str(60 * settings.rendezvous_minutes)
-    if settings.network_interface is None:
-        env.pop("GLOO_SOCKET_IFNAME", None)  # loopback is right on one machine only
-    else:
-        env["GLOO_SOCKET_IFNAME"] = settings.network_interface
+    ours = worker_env(config.device.type, config.device.threads)
+    ours.pop(
+        "GLOO_SOCKET_IFNAME", None
+    )  # loopback is right on one machine only; the job's script sets what is asked for
+    env = {**os.environ, **ours, "MASTER_ADDR": slurm.address_of(nodes[0])}
+    env["R1MEGA_RENDEZVOUS_SECONDS"] = f"{60 * settings.rendezvous_minutes:g}"
     return World(command, size, folder, log_dir, env)
 
 
