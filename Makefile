@@ -2,6 +2,7 @@
 #           [ROLLOUT=embedded|sglang]               ... with the real SGLang as the engine
 # make test                                        lint, import layers and all tests
 # make sglang-cpu                                  the environment of the real SGLang on a machine without a GPU
+# make slurm-test-env                              Slurm for its tests, where this is root on Debian or Ubuntu
 # make lint | venv | snapshots | clean
 # Each makes its virtual environment first where there is none. PY=/path/to/python uses an environment of yours instead.
 SHELL := /bin/bash
@@ -35,7 +36,7 @@ STAMP := $(VENV)/.stamp
 endif
 R1MEGA := $(PY) -m r1mega.cli
 
-.PHONY: demo test lint venv sglang-cpu snapshots clean
+.PHONY: demo test lint venv sglang-cpu slurm-test-env snapshots clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -82,7 +83,19 @@ demo: $(STAMP) $(if $(filter sglang-cpu,$(ROLLOUT)-$(DEVICE)),sglang-cpu)
 	    model.hf="$(RUNS)/toy_base/hf" data.train="$(RUNS)/toy/train.jsonl" data.eval="$(RUNS)/toy/eval.jsonl"
 	echo "curves, samples and summary: $(RUNS)/demo"
 
-test: lint sglang-cpu
+# The tests start a Slurm of their own, and say so where they cannot. Nothing is installed where it is there already.
+slurm-test-env:
+	@if command -v slurmctld slurmd munged sbatch >/dev/null; then
+	    exit 0
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+	    apt-get update -qq || true
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge \
+	        || echo "Slurm cannot be installed here: its tests will be skipped"
+	else
+	    echo "Slurm is not installed, and this is not root with apt-get: its tests will be skipped"
+	fi
+
+test: lint sglang-cpu slurm-test-env
 	R1MEGA_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python" $(PY) -m pytest
 
 lint: $(STAMP)

@@ -79,6 +79,31 @@ def _planner(name: str) -> ModuleType:
     return importlib.import_module(f"r1mega.plan.{name}")
 
 
+def submit(arguments: Sequence[str]) -> int:
+    """Queue a run as a Slurm job, checked as `train` checks it; --dry-run prints the job's script instead."""
+    if "-h" in arguments or "--help" in arguments:
+        print(textwrap.dedent(SUBMIT_HELP), flush=True)
+        return 0
+    rest = [argument for argument in arguments if argument != "--dry-run"]
+    dry_run = len(rest) < len(arguments)
+    return _for_each_composed("submit", rest, lambda config: _launcher("submit").run(config, dry_run=dry_run))
+
+
+SUBMIT_HELP = """\
+    usage: r1mega submit [--dry-run] [GROUP=OPTION ...] [SECTION.FIELD=VALUE ...] [HYDRA FLAGS]
+
+    Checks everything as `r1mega train` does, makes the run directory and queues one Slurm job. For example:
+      r1mega submit experiment=r1_zero_gsm8k cluster=h100_8x8 model.hf=DIR data.train=FILE.jsonl checkpoint.every=16 \\
+          slurm.partition=gpu slurm.time_limit='"24:00:00"'
+    --dry-run prints the script, and neither writes nor queues anything. `run.resume=true` goes on with a run whose job
+    has ended. The fields under `slurm.` are those of `r1mega train --help`; docs/cluster.md tells the rest."""
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Say what this machine can run, what is missing, what that costs and how to get it."""
+    return _launcher("doctor").main(arguments)
+
+
 def _for_each_composed(command: str, arguments: Sequence[str], action: Callable[[Config], int]) -> int:
     """Compose a configuration from the arguments and act on it, several times in a sweep; the exit code."""
     import hydra
@@ -220,7 +245,13 @@ def _train_help() -> str:
     return "\n".join(lines)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "replay": replay, "plan": plan}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "submit": submit,
+    "replay": replay,
+    "plan": plan,
+    "doctor": doctor,
+}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from r1mega.config.check_cluster import check_cluster
 from r1mega.config.check_engines import check_engines
 from r1mega.config.check_plan import PLAN_BOUNDS
 from r1mega.config.check_schedule import check_schedule
+from r1mega.config.check_slurm import check_slurm
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
 from r1mega.config.choices import (
     GENERATING_LOOPS,
@@ -24,6 +25,7 @@ from r1mega.config.choices import (
     Mtp,
     ParamDtype,
     Recompute,
+    Scheduler,
 )
 from r1mega.config.faults import Fault
 from r1mega.config.io import FILE_NAME
@@ -148,6 +150,7 @@ def check(config: Config, *, here: bool = True) -> list[Fault]:
         *_check_device(config, here),
         *check_cluster(config),
         *check_engines(config, here=here),
+        *check_slurm(config),
         *_check_data(config, here),
         *check_schedule(config),
         *_check_rewards(config),
@@ -222,10 +225,16 @@ def _check_device(config: Config, here: bool) -> Iterator[Fault]:
     if config.device.layer_spec is LayerSpec.te:
         if config.device.type is DeviceType.cpu:
             yield Fault("device.layer_spec", "te", "Transformer Engine needs a GPU", "use device.layer_spec=torch")
-        elif here and importlib.util.find_spec("transformer_engine") is None:
+        elif here and _is_absent(config, "transformer_engine"):
             remedy = "install the gpu extra (pip install -e '.[gpu]') or use device.layer_spec=torch"
             yield Fault("device.layer_spec", "te", "transformer_engine is not installed", remedy)
     yield from _check_gpu_only(config, here)
+
+
+def _is_absent(config: Config, package: str) -> bool:
+    """Whether a package is not installed; what the container of a Slurm job holds is not to be seen from here."""
+    in_container = config.cluster.scheduler is Scheduler.slurm and config.slurm.container_image is not None
+    return not in_container and importlib.util.find_spec(package) is None
 
 
 def _check_gpu_only(config: Config, here: bool) -> Iterator[Fault]:
@@ -241,7 +250,7 @@ def _check_gpu_only(config: Config, here: bool) -> Iterator[Fault]:
         value = str(value_at(config, field)).lower()
         if is_on and device.type is DeviceType.cpu:
             yield Fault(field, value, "needs a GPU (device=cuda)", f"take {field} back to its default")
-        elif is_on and here and importlib.util.find_spec(package) is None:
+        elif is_on and here and _is_absent(config, package):
             yield Fault(field, value, f"{package} is not installed", f"install it, or take {field} back to its default")
     if precision.fp8 and device.layer_spec is not LayerSpec.te:
         constraint = "its matrix products are Transformer Engine's"

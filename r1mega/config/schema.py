@@ -33,6 +33,7 @@ from r1mega.config.schema_cluster import ClusterConfig
 from r1mega.config.schema_plan import PlanConfig
 from r1mega.config.schema_reward import RewardConfig
 from r1mega.config.schema_rollout import RolloutConfig, SglangConfig
+from r1mega.config.schema_slurm import SlurmConfig
 
 
 @dataclass
@@ -338,3 +339,4 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)

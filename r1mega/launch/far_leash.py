@@ -24,7 +24,9 @@ _POLL_SECONDS = 0.5
 def main() -> int:
     """Run the program; its exit code, or 128 + the signal that killed it."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, _stop)
+        # Deaf where Slurm sends SIGTERM to ask for a checkpoint, for which the servers are still needed.
+        is_deaf = number == signal.SIGTERM and os.environ.get("R1MEGA_DEAF") == "1"
+        signal.signal(number, signal.SIG_IGN if is_deaf else _stop)
     scratch = tempfile.mkdtemp(prefix="r1mega-engine-")  # a killed server leaves its sockets there
     program = None
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from r1mega.config import io
@@ -14,6 +15,7 @@ from r1mega.config.schema import Config
 from r1mega.launch import preflight, replays, resume, rundir, supervise
 from r1mega.launch.engines import EngineFleet, fleet_of
 from r1mega.launch.ports import free_port
+from r1mega.loop import stop
 
 WORKER = "r1mega.loop.worker"
 
@@ -21,6 +23,7 @@ WORKER = "r1mega.loop.worker"
 def run(config: Config) -> int:
     """Run `config` to its end and return the exit code: 0, the failed rank's code, or 128 + the signal that ended it.
 
+    SIGUSR1 asks it to stop: the ranks take a checkpoint at their next boundary, and the exit code is loop.stop.STOPPED.
     Raises ConfigError before anything is written or started when the configuration has faults.
     """
     if config.cluster.scheduler is not Scheduler.local:
@@ -29,6 +32,7 @@ def run(config: Config) -> int:
     resume.prepare(config)
     config_path = rundir.create(config)
     log_dir = config_path.parent / rundir.LOG_DIR
+    stop.withdraw(config.run.dir)
     has_servers = config.stage.loop is Loop.rl and config.rollout.engine is EngineKind.sglang
     fleet = fleet_of(config, log_dir) if has_servers else None
     return _run_workers(config, config_path, log_dir, fleet=fleet)
@@ -61,7 +65,10 @@ def _run_workers(
 ) -> int:
     argv = [sys.executable, "-m", WORKER, "--config", str(config_path), *options]
     env = worker_env(config.device.type, config.device.threads)
-    result = supervise.run_world(argv, config.parallel.world_size, log_dir=log_dir, env=env, beside=fleet)
+    ask = None if options else partial(stop.ask, config.run.dir)  # a replay has nothing to save
+    result = supervise.run_world(
+        argv, config.parallel.world_size, log_dir=log_dir, env=env, beside=fleet, ask_to_stop=ask
+    )
     if result.message:
         print(f"r1mega: {result.message}", file=sys.stderr)
     return result.exit_code

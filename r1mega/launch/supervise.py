@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from r1mega.loop.stop import STOPPED
+
 POLL_SECONDS = 0.05
 # A crash takes its peers with it within moments; wait this long before naming the first of them.
 SETTLE_SECONDS = 0.5
@@ -57,11 +59,22 @@ class Companions(Protocol):
 
 
 @dataclass
-class _Rank:
+class EndedRank:
+    """How one rank ended, and where it wrote. `status` is as Popen.returncode; None while it runs."""
+
     rank: int
-    process: subprocess.Popen[bytes]
+    status: int | None
     log: Path
-    status: int | None = None  # as Popen.returncode; None while it runs
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended, and neither well nor as it was asked to."""
+        return self.status not in (None, 0, STOPPED)
+
+
+@dataclass
+class _Rank(EndedRank):
+    process: subprocess.Popen[bytes]
 
 
 def run_world(
@@ -72,19 +85,21 @@ def run_world(
     env: Mapping[str, str] | None = None,
     grace_seconds: float = 5.0,
     beside: Companions | None = None,
+    ask_to_stop: Callable[[str], None] | None = None,
 ) -> WorldResult:
     """Run `argv` once per rank and wait for all of them; `beside` are other processes of the run.
 
     Each rank gets this process's environment, then `env`, then RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE. Its
     output goes to `log_dir/rankN.log`, except that rank 0 keeps the terminal as its standard output. When a rank fails,
     or on SIGINT or SIGTERM, all others get SIGTERM and after `grace_seconds` SIGKILL (at once on a second signal).
+    On SIGUSR1 `ask_to_stop` is called with its name; a rank that ends with loop.stop.STOPPED thereafter has not failed.
 
     Raises OSError where `argv` cannot be started at all.
     """
     assert world_size >= 1, "a world has at least one rank"
     log_dir.mkdir(parents=True, exist_ok=True)
     ranks: list[_Rank] = []
-    with _signals() as received:
+    with _signals(ask_to_stop) as received:
         try:
             if beside is not None:
                 beside.start()
@@ -124,7 +139,7 @@ def _start(rank: int, world_size: int, argv: Sequence[str], log_dir: Path, env: 
             process_group=0,
             preexec_fn=die_with_parent(os.getpid()) if sys.platform == "linux" else None,
         )
-    return _Rank(rank, process, log)
+    return _Rank(rank, None, log, process)
 
 
 def die_with_parent(parent: int) -> Callable[[], None]:
@@ -140,17 +155,23 @@ def die_with_parent(parent: int) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals(ask_to_stop: Callable[[str], None] | None) -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM instead of acting on them; outside the main thread nothing is collected."""
     received: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
 
+    def ask(number: int, _frame: FrameType | None) -> None:
+        if ask_to_stop is not None:
+            ask_to_stop(signal_name(number))
+
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    if ask_to_stop is not None:
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, ask)
     try:
         yield received
     finally:
@@ -165,16 +186,18 @@ def _watch(ranks: list[_Rank], received: list[int], grace_seconds: float, beside
             name = signal.Signals(received[0]).name
             _end(ranks, received, grace_seconds)
             return WorldResult(128 + received[0], message=f"stopped by {name}: all {len(ranks)} ranks have ended")
-        if any(rank.status for rank in ranks):
+        if any(rank.has_failed for rank in ranks):
             _settle(ranks, received)
-            culprit = min((rank for rank in ranks if rank.status), key=_blame)
+            culprit = min((rank for rank in ranks if rank.has_failed), key=blame)
             _end(ranks, received, grace_seconds)
-            return _failure(culprit, len(ranks))
+            return failure(culprit, len(ranks))
         message = beside.look() if beside is not None else None
         if message is not None:
             _end(ranks, received, grace_seconds)
             return WorldResult(1, message=f"{message}\nall {len(ranks)} ranks have ended")
         time.sleep(POLL_SECONDS)
+    if any(rank.status == STOPPED for rank in ranks):
+        return WorldResult(STOPPED, message=f"stopped as asked, after a checkpoint: all {len(ranks)} ranks have ended")
     return WorldResult(0)
 
 
@@ -185,7 +208,7 @@ def _settle(ranks: list[_Rank], received: list[int]) -> None:
         _look(ranks)
 
 
-def _blame(rank: _Rank) -> tuple[bool, bool, int, int]:
+def blame(rank: EndedRank) -> tuple[bool, bool, int, int]:
     """Sorts failed ranks, likeliest cause first: no complaint about a peer, killed by a signal, first to go silent."""
     assert rank.status is not None
     last_words = tail(rank.log).splitlines()[-3:]
@@ -193,7 +216,8 @@ def _blame(rank: _Rank) -> tuple[bool, bool, int, int]:
     return follows, rank.status > 0, rank.log.stat().st_mtime_ns, rank.rank
 
 
-def _failure(culprit: _Rank, world_size: int) -> WorldResult:
+def failure(culprit: EndedRank, world_size: int) -> WorldResult:
+    """The result of a world in which this rank failed first, with its last words."""
     status = culprit.status
     assert status
     how = f"exit code {status}" if status > 0 else f"killed by {signal_name(-status)}"

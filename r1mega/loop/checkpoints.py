@@ -23,6 +23,7 @@ import torch.distributed as dist
 from r1mega.config.decisive import digest
 from r1mega.config.schema import Config
 from r1mega.conversion import config_files
+from r1mega.loop import stop
 from r1mega.loop.rounds import read_groups, write_groups
 from r1mega.loop.state import RunState
 from r1mega.parallel.collectives import share
@@ -70,6 +71,7 @@ class Checkpoints:
     def __init__(self, config: Config, groups: Groups, policy: MegatronPolicy) -> None:
         self._config, self._groups, self._policy = config, groups, policy
         self._store = open_store(config)
+        self._asked: str | None = None
         self._queue = None
         if config.checkpoint.asynchronous:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -77,16 +79,27 @@ class Checkpoints:
             self._queue = AsyncCallsQueue()
 
     def is_due(self, state: RunState) -> bool:
-        """Whether `checkpoint.every` updates have passed since the last one."""
+        """Whether `checkpoint.every` updates have passed since the last one, or the run is asked to stop. Collective.
+
+        A run that was asked to stop has ended when `save` returns.
+        """
+        asked = stop.asked(self._config.run.dir) if self._groups.rank == 0 else None
+        self._asked = share(asked, self._groups.control)
         every = self._config.checkpoint.every
-        return every > 0 and state.update // every > state.saved_at // every
+        return self._asked is not None or (every > 0 and state.update // every > state.saved_at // every)
 
     def save(self, state: RunState, cursor: dict[str, Any], log: Log, pending: Sequence[SampleGroup] = ()) -> None:
         """Write a checkpoint; asynchronous, begin to. Collective.
 
         `cursor` is where the data source stands, and `pending` what was asked of the engines since and not trained on;
-        rank 0's are written.
+        rank 0's are written. Raises Stopped, with the checkpoint written, where the run is asked to stop.
         """
+        self._write(state, cursor, log, pending)
+        if self._asked is not None:
+            self.finish()
+            raise stop.Stopped(self._asked)
+
+    def _write(self, state: RunState, cursor: dict[str, Any], log: Log, pending: Sequence[SampleGroup]) -> None:
         self.finish()
         state.saved_at = state.update
         control, rank = self._groups.control, self._groups.rank

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import warnings
 from pathlib import Path
 
 from r1mega.config import io
 from r1mega.config.choices import Loop
+from r1mega.loop.stop import STOPPED, Stopped
 
 
 def main() -> None:
-    """Load the resolved configuration and run the loop of its stage."""
+    """Load the resolved configuration and run the loop of its stage.
+
+    Exit code 75 (EX_TEMPFAIL) where the run was asked to stop and has saved where it stands.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the resolved config.yaml of a run directory")
     parser.add_argument("--replay", metavar="ROUND:UPDATE", help="do this update of a past run again, without engines")
@@ -31,14 +36,22 @@ def main() -> None:
 
         round_number, _, update = args.replay.partition(":")
         replay.main(config, int(round_number), int(update), args.out)
-    elif config.stage.loop is Loop.sft:
-        from r1mega.loop import sft
+        return
+    try:
+        if config.stage.loop is Loop.sft:
+            from r1mega.loop import sft
 
-        sft.main(config)
-    else:
-        from r1mega.loop import hybrid
+            sft.main(config)
+        else:
+            from r1mega.loop import hybrid
 
-        hybrid.main(config)
+            hybrid.main(config)
+    except Stopped as stopped:
+        from r1mega.parallel import groups
+
+        groups.shutdown()
+        print(f"r1mega: stopped after a checkpoint, as asked by {stopped}", file=sys.stderr)
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

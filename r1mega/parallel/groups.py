@@ -70,10 +70,25 @@ def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: 
     device = devices.prepare(device_type, local_rank, threads)
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        dist.init_process_group(devices.backend(device_type), rank=rank, world_size=world_size, timeout=timeout)
+        store = _meet(rank, world_size, timeout)
+        dist.init_process_group(
+            devices.backend(device_type), store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     control = dist.new_group(backend="gloo", timeout=timeout) if device_type == "cuda" else dist.group.WORLD
     _cut(layout, seed=seed, timeout_minutes=timeout_minutes)
     return _groups(layout, rank, device, control)
+
+
+def _meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT, when all ranks have come to it.
+
+    R1MEGA_RENDEZVOUS_SECONDS, where a launcher sets it, is how long slow machines are waited for; what follows is under
+    `timeout`. Raises torch's DistStoreError, which says how many have come, or DistNetworkError.
+    """
+    patience = float(os.environ.get("R1MEGA_RENDEZVOUS_SECONDS", timeout.total_seconds()))
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=patience)))
+    store.set_timeout(timeout)
+    return store
 
 
 def imagine(layout: Layout, rank: int) -> Groups:

@@ -38,7 +38,7 @@ def r1mega(tmp_path: Path) -> Run:
     return run
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["submit", "--help"]])
 def test_help_answers_at_once(arguments: list[str]) -> None:
     code = f"import sys\nfrom r1mega.cli import main\nassert main({arguments!r}) == 0\n"
     code += "heavy = {'torch', 'megatron', 'transformers', 'hydra'} & set(sys.modules)\nassert not heavy, heavy"

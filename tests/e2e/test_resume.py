@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from r1mega.loop.stop import STOPPED
 from r1mega.train.checkpoint_store import CheckpointStore
 
 COMMON = ["logger.console=false", "logger.tensorboard=false", "checkpoint.keep_newest=9"]
@@ -170,6 +171,27 @@ def test_longer_responses_come_with_their_update(whole_rl):
     rounds = sorted((whole_rl / "rounds").iterdir())
     longest = [max(load_file(path)["lengths"].tolist()) for path in rounds]
     assert longest == [24, 24, 32]
+
+
+@pytest.mark.extended
+def test_rl_that_is_asked_to_stop_saves_and_goes_on(checkpoint, files, whole_rl, tmp_path):
+    """SIGUSR1 to the launcher: a checkpoint at the end of the round, though none is due, and its own exit code."""
+    run_dir = tmp_path / "run"
+    overrides = [*rl(checkpoint("deepseek_v3"), files, run_dir), "checkpoint.every=6"]
+    process = subprocess.Popen(command(*overrides), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < limit, "no first update"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == STOPPED, said
+    assert "stopped as asked, after a checkpoint" in said
+    done = metrics_of(run_dir)[-1]["update"]
+    assert done < 6 and (run_dir / "checkpoints" / f"update-{done:06d}" / "manifest.json").exists()
+    resumed = train(*overrides, "run.resume=true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(run_dir, whole_rl)
 
 
 def test_offloading_changes_nothing(rl_runs, whole_rl):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from r1mega.launch.supervise import WorldResult, run_world, tail
+from r1mega.loop.stop import STOPPED
 
 HEADER = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 
@@ -183,3 +184,29 @@ def test_tail_begins_at_the_last_traceback(tmp_path: Path) -> None:
     assert tail(log) == trace
     log.write_text("\n".join(str(i) for i in range(100)))
     assert tail(log, limit=3) == "97\n98\n99"
+
+
+def test_sigusr1_asks_and_ranks_that_stop_so_have_not_failed(tmp_path: Path) -> None:
+    """The launcher itself stays in charge: a rank that fails meanwhile is a failure still."""
+    asked: list[str] = []
+
+    def ask(why: str) -> None:
+        asked.append(why)
+        (tmp_path / "stop").touch()
+
+    program = f"""
+import os, pathlib, signal, time
+place = pathlib.Path({str(tmp_path)!r})
+if os.environ["RANK"] == "0":
+    os.kill(os.getppid(), signal.SIGUSR1)
+while not (place / "stop").exists():
+    time.sleep(0.01)
+time.sleep(float(os.environ["RANK"]))
+raise SystemExit({STOPPED} if os.environ["RANK"] != os.environ.get("FAILS") else 1)
+"""
+    argv = [sys.executable, "-c", program]
+    result = run_world(argv, 2, log_dir=tmp_path / "logs", ask_to_stop=ask)
+    assert (result.exit_code, asked) == (STOPPED, ["SIGUSR1"])
+    assert "stopped as asked, after a checkpoint" in result.message
+    result = run_world(argv, 2, log_dir=tmp_path / "logs", ask_to_stop=ask, env={"FAILS": "1"})
+    assert (result.exit_code, result.failed_rank) == (1, 1)
