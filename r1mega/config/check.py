@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from r1mega.config.check_engines import check_engines
+from r1mega.config.check_reward import REWARD_BOUNDS, check_rewards
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
 from r1mega.config.choices import DataFormat, DeviceType, Dispatcher, Init, LayerSpec, Loop, Mtp, ParamDtype, Recompute
 from r1mega.config.faults import Fault
@@ -34,12 +35,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("logger.keep_rounds", ((">=", 0),)),
     ("data.max_prompt_tokens", ((">=", 1),)),
     ("data.eval_limit", ((">=", 1),)),
-    ("reward.accuracy", ((">=", 0),)),
-    ("reward.format", ((">=", 0),)),
-    *((f"reward.{name}", ((">=", 0),)) for name in ("language", "length", "repetition", "helpful", "safety")),
-    ("reward.preference_from", ((">=", 0),)),
-    ("reward.timeout_seconds", ((">", 0),)),
-    ("reward.workers", ((">=", 0),)),
+    *REWARD_BOUNDS,
     ("rollout.engines", ((">=", 1),)),
     ("rollout.temperature", ((">", 0),)),
     ("rollout.top_p", ((">", 0), ("<=", 1))),
@@ -126,7 +122,7 @@ def check(config: Config) -> list[Fault]:
         *_check_device(config),
         *check_engines(config),
         *_check_data(config),
-        *_check_rewards(config),
+        *check_rewards(config),
         *_check_optim(config),
         *_check_lengths(config),
         *_check_memory(config),
@@ -273,12 +269,6 @@ def _check_data(config: Config) -> Iterator[Fault]:
         yield Fault("data.train", "nothing", "must name a JSONL file", "set data.train=FILE.jsonl")
     if data.eval is not None and loop is Loop.sft:
         yield Fault("data.eval", data.eval, "stage.loop=sft has no held-out evaluation", "set data.eval=null")
-
-
-def _check_rewards(config: Config) -> Iterator[Fault]:
-    if config.stage.loop is Loop.rl and config.reward.accuracy == 0 and config.reward.format == 0:
-        constraint = "at least one weight must be positive"
-        yield Fault("reward", "accuracy=0, format=0", constraint, "set reward.accuracy or reward.format")
 
 
 def _check_optim(config: Config) -> Iterator[Fault]:

@@ -179,7 +179,7 @@ def test_the_quick_verdict_on_numbers_is_math_verifys(gold, other) -> None:
 
 
 def test_the_quick_verdict_leaves_alone_what_it_cannot_decide() -> None:
-    for gold, answer in (("1/2", "0.5"), ("0.5", "1/2"), ("0.333333", "0.3333334"), ("5", "٥"), ("1234", "12,34")):
+    for gold, answer in (("1/2", "0.5"), ("0.5", "1/2"), ("0.333333", "0.3333334"), ("1234", "12,34")):
         prompt = Prompt(id="p", question="?", answer=gold)
         assert quick_accuracy(prompt, f"<answer>{answer}</answer>") is None
 
