@@ -18,8 +18,13 @@ _FIELDS = {
     "data": ("train", "format", "question_key", "answer_key", "template", "max_prompt_tokens", "shuffle"),
     "rollout": ("temperature", "top_p", "max_tokens", "stop", "over_sampling", "carry_partial", "max_staleness"),
 }
-# Within those sections: numbers that change no result but where rounding does.
-_INDIFFERENT = {"algo.max_tokens_per_micro_batch", "sft.max_tokens_per_micro_batch"}
+# Within those sections: what changes no result, but where rounding does, or that ends a run or lets it go on.
+_INDIFFERENT = {
+    "algo.max_tokens_per_micro_batch",
+    "sft.max_tokens_per_micro_batch",
+    "reward.max_failed_share",
+    "reward.sandbox",
+}
 
 
 def decisive(config: Config) -> dict[str, Any]:
