@@ -1,7 +1,8 @@
 r"""The accuracy reward for mathematics: 1 when the response's answer equals the known one, else 0.
 
-The comparison is math-verify's, with the known answer first: its comparison is not symmetric. Plain decimal numbers
-never get that far; they are compared exactly, which costs microseconds instead of milliseconds.
+The comparison is math-verify's, with the known answer first: its comparison is not symmetric. It reads sets, intervals,
+tuples and equations, and drops units, percent signs and currencies: `5 cm`, `5 m` and `5` are one answer to it. Plain
+decimal numbers never get that far; they are compared exactly, which costs microseconds instead of milliseconds.
 
 There is no time limit in this file. A signal-based one cannot interrupt a single long operation inside the interpreter
 (`10**10**10` is one), so the limit is a process that can be killed: `r1mega.reward.pool`.
@@ -31,6 +32,7 @@ _TEXT_COMMAND = re.compile(r"\\[a-zA-Z]+(?:\{[^{}]*\})?")
 _FUNCTIONS = "sin|cos|tan|cot|sec|csc|log|exp|sqrt|mod|gcd|lcm"
 _WORD = re.compile(rf"(?:^|(?<=\s))(?!(?:{_FUNCTIONS})\b)[A-Za-z]{{3,}}[.,:;!?]?(?=\s|$)")
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
+_NEGATION = re.compile(r"(?<![a-z\\])(?:not|never|neither|nor|isn't|cannot)(?![a-z])|≠|\\neq?(?![a-z])", re.IGNORECASE)
 _PERCENT = re.compile(r"\s*\\?%$")
 
 
@@ -55,8 +57,8 @@ def accuracy(prompt: Prompt, text: str) -> Score:
 def quick_accuracy(prompt: Prompt, text: str) -> Score | None:
     """The score of a response that can be judged at once, else None. Never slow, whatever the text.
 
-    Decides: no answer; an answer too long to be read, or in digits other than 0-9; a known answer that is empty; two
-    equal texts; two plain numbers.
+    Decides: no answer; an answer too long to be read, in digits other than 0-9, that denies or contradicts itself; a
+    known answer that is empty; two equal texts; two plain numbers.
     """
     golds = _golds(prompt)
     if not all(golds):
@@ -71,10 +73,21 @@ def quick_accuracy(prompt: Prompt, text: str) -> Score | None:
     if _FOREIGN_DIGIT.search(answer):
         # Python reads every script's digits as numbers, which makes a look-alike of the answer right.
         return Score(0.0, reason="the answer has digits other than 0-9")
+    if _NEGATION.search(answer) and not any(map(_NEGATION.search, golds)):
+        # math-verify finds the number in a sentence whatever the sentence says of it.
+        return Score(0.0, reason="the answer says what it is not")
+    if _is_false_equation(answer):
+        return Score(0.0, reason="the answer equates different numbers")
     number, known = _decimal(answer), [_decimal(gold) for gold in golds]
     if number is None or None in known:
         return None
     return Score(1.0) if number in known else Score(0.0, reason="wrong answer")
+
+
+def _is_false_equation(answer: str) -> bool:
+    """Whether it is `41 = 42`, of which math-verify reads the last number only."""
+    sides = [_decimal(side.strip()) for side in answer.split("=")]
+    return None not in sides and len(set(sides)) > 1
 
 
 def _golds(prompt: Prompt) -> list[str]:
