@@ -35,7 +35,7 @@ STAMP := $(VENV)/.stamp
 endif
 R1MEGA := $(PY) -m r1mega.cli
 
-.PHONY: demo test lint venv sglang-cpu snapshots clean
+.PHONY: demo test lint venv sglang-cpu sandbox snapshots clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -82,7 +82,18 @@ demo: $(STAMP) $(if $(filter sglang-cpu,$(ROLLOUT)-$(DEVICE)),sglang-cpu)
 	    model.hf="$(RUNS)/toy_base/hf" data.train="$(RUNS)/toy/train.jsonl" data.eval="$(RUNS)/toy/eval.jsonl"
 	echo "curves, samples and summary: $(RUNS)/demo"
 
-test: lint sglang-cpu
+# Programs under test run in bubblewrap; their tests are skipped, and say so, where it is neither there nor to be had.
+sandbox:
+	@if ! command -v bwrap > /dev/null; then
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+	        { apt-get install -y -q bubblewrap || { apt-get update -q && apt-get install -y -q bubblewrap; }; } > /dev/null \
+	            || echo "bubblewrap cannot be installed: the tests of the sandbox will be skipped"
+	    else
+	        echo "no bwrap on PATH (Debian: apt-get install bubblewrap): the tests of the sandbox will be skipped"
+	    fi
+	fi
+
+test: lint sglang-cpu sandbox
 	R1MEGA_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python" $(PY) -m pytest
 
 lint: $(STAMP)
