@@ -91,8 +91,8 @@ PYTHON: dict[str, str] = {
         "import socket\ns = socket.socket(); s.settimeout(0.5)\ns.connect(('1.1.1.1', 53))\n" + _ESCAPED
     ),
     "a connection to this machine": (
-        "import socket\ns = socket.socket(); s.settimeout(0.5)\nfor port in (22, 80, 111, 631, 8000, PORT):\n"
-        "    try: s.connect(('127.0.0.1', port))\n    except OSError: continue\n    " + _ESCAPED
+        "import socket\nfor port in (22, 80, 111, 631, 8000, PORT):\n    s = socket.socket(); s.settimeout(0.5)\n"
+        "    try: s.connect(('127.0.0.1', port))\n    except OSError: continue\n    " + _ESCAPED + "    break"
     ),
     "abstract sockets of this machine": (
         "import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect('\\0" + MARK + "')\n" + _ESCAPED
