@@ -44,8 +44,8 @@ PYTHON: dict[str, str] = {
         "        time.sleep(1000)\ntime.sleep(1000)"
     ),
     "memory files": (
-        "import ctypes, os\nl = ctypes.CDLL(None)\nfds = []\nwhile True:\n    fd = l.memfd_create(b'x', 0)\n"
-        "    if fd < 0: break\n    os.write(fd, b'x' * (32 << 20)); fds.append(fd)\n"
+        "import ctypes, os\nl = ctypes.CDLL(None)\nfds = []\nwhile len(fds) < 8:\n    fd = l.memfd_create(b'x', 0)\n"
+        "    if fd < 0: break\n    os.write(fd, b'x' * (4 << 20)); fds.append(fd)\n"
         + "if len(fds): " + _ESCAPED
     ),
     "shared memory that outlives processes": (
