@@ -26,7 +26,7 @@ COMPILE_SECONDS = 30.0
 # A compiler takes more than the program it makes.
 _COMPILER = Limits(seconds=COMPILE_SECONDS, memory=2 << 30)
 _BINARY_BYTES = 32 << 20
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*([^\s`]*)[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"[ \t]*```[ \t]*([^\s`]*)[^`]*")
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,16 @@ def code_passes(prompt: Prompt, text: str, limits: CodeLimits) -> Score:
 def extract_code(text: str) -> tuple[str, str] | None:
     """The tag and the content of the answer's last complete code block, None without one. What stands in the thinking
     is no answer. Linear in the length of the text."""
-    blocks = _BLOCK.findall(final_part(text))
-    return blocks[-1] if blocks else None
+    found, tag, content = None, None, []
+    for line in final_part(text).splitlines(keepends=True):
+        fence = _FENCE.fullmatch(line.rstrip())
+        if tag is None and fence:
+            tag, content = fence[1], []
+        elif tag is not None and fence and line.strip() == "```":
+            found, tag = (tag, "".join(content)), None
+        elif tag is not None:
+            content.append(line)
+    return found
 
 
 def _run_all(language: Language, source: str, tests: Sequence[Mapping[str, Any]], limits: CodeLimits) -> None:
