@@ -21,10 +21,10 @@ from r1mega.types import Prompt
 FILES = {"math500_dev.jsonl": "answer", "gsm8k_test_dev.jsonl": "answer"}
 
 
-def pairs_of(path: Path) -> list[tuple[str, str]]:
+def pairs_of(path: Path, problems: int | None) -> list[tuple[str, str]]:
     """(known answer, an answer) of each problem three times: its own with a blank, as a fraction, another problem's."""
     with path.open(encoding="utf-8") as lines:
-        golds = [rewards.gold_text(json.loads(line)["answer"]) for line in lines]
+        golds = [rewards.gold_text(json.loads(line)["answer"]) for line in lines][:problems]
     others = golds[7:] + golds[:7]
     pairs = []
     for gold, other in zip(golds, others, strict=True):
@@ -53,13 +53,14 @@ def main() -> int:
     """Print the figures. Returns the exit status: 1 where the reward is the slower one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="folder with " + " and ".join(FILES))
+    parser.add_argument("--problems", type=int, help="the first so many of each file (default all)")
     parser.add_argument("--block", type=int, default=90, help="pairs in a block (default 90)")
     options = parser.parse_args()
     rewards.prepare_accuracy()
     theirs([("\\sqrt{2}+x", "\\frac{2}{4}")])
     is_slower = False
     for name in FILES:
-        pairs = pairs_of(options.data / name)
+        pairs = pairs_of(options.data / name, options.problems)
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         disagreements = 0
         for start in range(0, len(pairs), options.block):
