@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from r1mega.config.choices import Loop
+from r1mega.config.choices import Loop, Sandbox
 from r1mega.config.faults import Fault
 from r1mega.config.schema import Config
 
@@ -37,6 +37,9 @@ def check_rewards(config: Config) -> Iterator[Fault]:
     if reward.language_target is not None and reward.language_target not in LANGUAGES:
         constraint = f"must be one of {', '.join(LANGUAGES)}, or null"
         yield Fault("reward.language_target", reward.language_target, constraint, "choose one of them")
+    if reward.workers == 0 and reward.sandbox is Sandbox.unsafe_rlimits:
+        constraint = "without a worker, what programs leave behind cannot be told from the trainer's own processes"
+        yield Fault("reward.sandbox", str(reward.sandbox), constraint, "set reward.workers or use bubblewrap")
     longest = config.rollout.max_tokens
     if reward.length > 0 and reward.length_buffer > longest:
         constraint = f"must be at most rollout.max_tokens={longest}, or every response is penalised"

@@ -297,6 +297,11 @@ def test_all_faults_are_reported_together(good: Config) -> None:
             "lower it or raise rollout.max_tokens",
         ),
         (
+            {"reward__sandbox": choices.Sandbox.unsafe_rlimits, "reward__workers": 0},
+            "reward.sandbox: got unsafe_rlimits; without a worker, what programs leave behind cannot be told from the "
+            "trainer's own processes; set reward.workers or use bubblewrap",
+        ),
+        (
             {"reward__language_target": "tlh"},
             "reward.language_target: got tlh; must be one of en, zh, ru, ko, ar, el, he, hi, or null; "
             "choose one of them",
