@@ -33,6 +33,14 @@ _FUNCTIONS = "sin|cos|tan|cot|sec|csc|log|exp|sqrt|mod|gcd|lcm"
 _WORD = re.compile(rf"(?:^|(?<=\s))(?!(?:{_FUNCTIONS})\b)[A-Za-z]{{3,}}[.,:;!?]?(?=\s|$)")
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 _NEGATION = re.compile(r"(?<![a-z\\])(?:not|never|neither|nor|isn't|cannot)(?![a-z])|≠|\\neq?(?![a-z])", re.IGNORECASE)
+_SEVERAL = re.compile(r"[0-9)}]\s*\b(?:or|and)\b\s*[-+$\\({]*[0-9]", re.IGNORECASE)
+_BOUND = re.compile(r"^[\s$]*(?:[<>≤≥]|\\(?:[lg]eq?|[lg]t)(?![a-z]))")
+# What an answer may not be unless a known one is the same.
+_EVASIONS = {
+    _NEGATION: "the answer says what it is not",
+    _SEVERAL: "the answer names several numbers",
+    _BOUND: "the answer is a bound",
+}
 _PERCENT = re.compile(r"\s*\\?%$")
 
 
@@ -73,9 +81,10 @@ def quick_accuracy(prompt: Prompt, text: str) -> Score | None:
     if _FOREIGN_DIGIT.search(answer):
         # Python reads every script's digits as numbers, which makes a look-alike of the answer right.
         return Score(0.0, reason="the answer has digits other than 0-9")
-    if _NEGATION.search(answer) and not any(map(_NEGATION.search, golds)):
+    for pattern, complaint in _EVASIONS.items():
         # math-verify finds the number in a sentence whatever the sentence says of it.
-        return Score(0.0, reason="the answer says what it is not")
+        if pattern.search(answer) and not any(map(pattern.search, golds)):
+            return Score(0.0, reason=complaint)
     if _is_false_equation(answer):
         return Score(0.0, reason="the answer equates different numbers")
     number, known = _decimal(answer), [_decimal(gold) for gold in golds]

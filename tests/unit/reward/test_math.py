@@ -112,6 +112,8 @@ def test_what_the_known_answer_is(answer: str, gold: str) -> None:
         ("5", r"5\text{ cm}"),
         (r"90^\circ", "90"),
         ("42", "42 = 42"),
+        ("x > 42", "x > 42 "),
+        ("3 or 4", "3 or 4 "),
     ],
 )
 def test_equal_answers(gold: str, answer: str) -> None:
@@ -142,6 +144,9 @@ def test_equal_answers(gold: str, answer: str) -> None:
         ("42", "41 or 42"),
         ("42", "41 = 42"),
         ("42", "not 42"),
+        ("42", "> 42"),
+        ("42", r"\le 42"),
+        ("42", "43 and 42"),
         ("42", r"x \neq 42"),
         ("42", "\u0664\u0662"),
         ("42", "\uff14\uff12"),
