@@ -36,7 +36,7 @@ STAMP := $(VENV)/.stamp
 endif
 R1MEGA := $(PY) -m r1mega.cli
 
-.PHONY: demo test lint venv sglang-cpu slurm-test-env snapshots clean
+.PHONY: demo test lint venv sglang-cpu slurm-test-env sandbox snapshots clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -95,7 +95,18 @@ slurm-test-env:
 	    echo "Slurm is not installed, and this is not root with apt-get: its tests will be skipped"
 	fi
 
-test: lint sglang-cpu slurm-test-env
+# Programs under test run in bubblewrap; their tests are skipped, and say so, where it is neither there nor to be had.
+sandbox:
+	@if ! command -v bwrap > /dev/null; then
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+	        { apt-get install -y -q bubblewrap || { apt-get update -q && apt-get install -y -q bubblewrap; }; } > /dev/null \
+	            || echo "bubblewrap cannot be installed: the tests of the sandbox will be skipped"
+	    else
+	        echo "no bwrap on PATH (Debian: apt-get install bubblewrap): the tests of the sandbox will be skipped"
+	    fi
+	fi
+
+test: lint sglang-cpu slurm-test-env sandbox
 	R1MEGA_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python" $(PY) -m pytest
 
 lint: $(STAMP)

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 NamedTensors = Iterator[tuple[str, "torch.Tensor"]]
 
 
+# What a question is about decides which rewards judge its answers. `choice` and `stem` have options to choose from;
+# `logic` has them or not; `general` has no known answer.
+DOMAINS = ("math", "code", "stem", "choice", "logic", "general")
+
+
 class FinishReason(StrEnum):
     """Why an engine stopped a sequence."""
 
@@ -31,7 +36,9 @@ class FinishReason(StrEnum):
 class Prompt:
     """One question, tokenized once with the run's template.
 
-    `question` and `answer` are the raw text of the data file; `token_ids` is what the engine is given.
+    `question` and `answer` are the raw text of the data file; `token_ids` is what the engine is given. `other_answers`
+    are as right as `answer`; `options` are what it is chosen from; `tests` judge a program (r1mega.reward.code);
+    `language` is the one to think in, where it is not that of the question.
     """
 
     id: str
@@ -39,6 +46,10 @@ class Prompt:
     answer: str
     token_ids: tuple[int, ...] = ()
     domain: str = "math"
+    other_answers: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    tests: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    language: str | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from r1mega.config.check_cluster import check_cluster
 from r1mega.config.check_engines import check_engines
 from r1mega.config.check_plan import PLAN_BOUNDS
+from r1mega.config.check_reward import REWARD_BOUNDS, check_rewards
 from r1mega.config.check_schedule import check_schedule
 from r1mega.config.check_slurm import check_slurm
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
@@ -52,12 +53,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("data.max_prompt_tokens", ((">=", 1),)),
     ("data.eval_limit", ((">=", 1),)),
     ("data.general_share", ((">", 0), ("<", 1))),
-    ("reward.accuracy", ((">=", 0),)),
-    ("reward.format", ((">=", 0),)),
-    *((f"reward.{name}", ((">=", 0),)) for name in ("language", "length", "repetition", "helpful", "safety")),
-    ("reward.preference_from", ((">=", 0),)),
-    ("reward.timeout_seconds", ((">", 0),)),
-    ("reward.workers", ((">=", 0),)),
+    *REWARD_BOUNDS,
     ("rollout.engines", ((">=", 1),)),
     ("rollout.temperature", ((">", 0),)),
     ("rollout.top_p", ((">", 0), ("<=", 1))),
@@ -153,7 +149,7 @@ def check(config: Config, *, here: bool = True) -> list[Fault]:
         *check_slurm(config),
         *_check_data(config, here),
         *check_schedule(config),
-        *_check_rewards(config),
+        *check_rewards(config),
         *_check_optim(config),
         *_check_lengths(config),
         *_check_memory(config),
@@ -308,12 +304,6 @@ def _check_data(config: Config, here: bool) -> Iterator[Fault]:
         yield Fault("data.train", "nothing", "must name a JSONL file", "set data.train=FILE.jsonl")
     if data.eval is not None and loop is Loop.sft:
         yield Fault("data.eval", data.eval, "stage.loop=sft has no held-out evaluation", "set data.eval=null")
-
-
-def _check_rewards(config: Config) -> Iterator[Fault]:
-    if config.stage.loop is Loop.rl and config.reward.accuracy == 0 and config.reward.format == 0:
-        constraint = "at least one weight must be positive"
-        yield Fault("reward", "accuracy=0, format=0", constraint, "set reward.accuracy or reward.format")
 
 
 def _check_optim(config: Config) -> Iterator[Fault]:

@@ -24,9 +24,10 @@ _FIELDS = {
         "max_staleness",
     ),
 }  # fmt: skip
-# Within those sections: numbers that change no result but where rounding does, and names.
+# Within those sections: what changes no result but where rounding does, names, and what ends a run or lets it go on.
 _INDIFFERENT = {
     "algo.max_tokens_per_micro_batch", "sft.max_tokens_per_micro_batch", "stage.name", "model.card", "model.base",
+    "reward.max_failed_share", "reward.sandbox",
 }  # fmt: skip
 
 

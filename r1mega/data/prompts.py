@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r1mega.data.domains import read_facts
 from r1mega.data.jsonl import read_rows
 from r1mega.data.order import EpochOrder, fingerprint
 from r1mega.data.templates import prompt_ids
 from r1mega.types import Prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
 
 def read_qa(path: str | Path, question_key: str = "question", answer_key: str = "answer") -> list[Prompt]:
-    """The questions of a JSONL file, not yet tokenized; a prompt's id is `path:line`.
+    """The questions of a JSONL file, not yet tokenized; a prompt's id is `path:line`. What a row may hold besides the
+    two keys, see r1mega.data.domains.
 
     Raises ValueError naming `path:line` for an empty file, a malformed line, or a key that is missing or blank.
     """
-    rows = read_rows(path, (question_key, answer_key))
-    return [Prompt(id=f"{path}:{line}", question=row[question_key], answer=row[answer_key]) for line, row in rows]
+    return [
+        Prompt(id=f"{path}:{line}", question=row[question_key], **read_facts(f"{path}:{line}", row, answer_key))
+        for line, row in read_rows(path, (question_key,))
+    ]
 
 
 def tokenize_prompts(
@@ -51,7 +56,7 @@ class PromptSource:
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool = True) -> None:
         self._prompts = list(prompts)
-        content = fingerprint(text for prompt in self._prompts for text in (prompt.question, prompt.answer))
+        content = fingerprint(text for prompt in self._prompts for text in _content(prompt))
         self._order = EpochOrder(len(self._prompts), seed, shuffle, content)
 
     @property
@@ -73,3 +78,9 @@ class PromptSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises ValueError when the data, the seed or `shuffle` differ."""
         self._order.load_state_dict(state)
+
+
+def _content(prompt: Prompt) -> Iterator[str]:
+    """All that a row says, as texts."""
+    yield from (prompt.question, prompt.answer, *prompt.other_answers, *prompt.options)
+    yield from (json.dumps(test, sort_keys=True) for test in prompt.tests)

@@ -40,7 +40,21 @@ def check_tokens(config: Config) -> list[str]:
         prompts = tokenize_prompts(rows, tokenizer, template, data.max_prompt_tokens)
         faults += _check_vocabulary((prompt.token_ids for prompt in prompts), fields)
         faults += _check_positions(prompts, config, fields)
+        faults += _check_sandbox(prompts, config)
     return faults
+
+
+def _check_sandbox(prompts: Sequence[Prompt], config: Config) -> list[str]:
+    """Where there are programs to judge, the place to run them works: on this machine, at least."""
+    if not any(prompt.tests for prompt in prompts):
+        return []
+    from r1mega.reward.sandbox import SandboxError, open_sandbox
+
+    try:
+        open_sandbox(str(config.reward.sandbox))
+    except SandboxError as error:
+        return [str(error)]
+    return []
 
 
 def _check_vocabulary(sequences: Iterable[Sequence[int]], fields: HfFields) -> list[str]:

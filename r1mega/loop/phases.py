@@ -20,6 +20,7 @@ from r1mega.loop.wire import REFERENCE, RlRun
 from r1mega.metrics.memory import largest
 from r1mega.parallel.collectives import gather
 from r1mega.parallel.seed import derive
+from r1mega.reward.length import add_length_penalty
 from r1mega.train import routes
 from r1mega.train.batch import MicroBatch, PackItem
 from r1mega.types import Sample, SampleGroup, SamplingParams
@@ -69,9 +70,17 @@ def rollout(run: RlRun) -> None:
 
 
 def reward(run: RlRun) -> list[SampleGroup]:
-    """Wait for the scores that the rollout left open; bring the groups to every rank."""
+    """Wait for the scores that the rollout left open; bring the groups to every rank.
+
+    Raises RuntimeError where the rewards of too many samples failed.
+    """
+    weights = run.config.reward
     with run.timer.phase("reward"):
         groups = run.rollouts.groups()
+        if weights.length > 0:
+            longest = max_tokens_at(run.config, run.state.update)
+            add_length_penalty(groups, weights.length, longest, weights.length_buffer)
+    records.require_rewards(groups, weights.max_failed_share)
     per_round = run.config.algo.updates_per_round
     run.log.round_metrics |= run.rollouts.metrics() | records.staleness(groups, run.state.update, per_round)
     return groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from r1mega.types import FinishReason, Sample, SampleGroup
@@ -61,12 +62,28 @@ def round_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
     }
     if good:
         values["reward/mean"] = sum(sample.reward for sample in good) / len(good)
-        for name in good[0].score.parts:
-            values[f"reward/{name}"] = sum(sample.score.parts[name] for sample in good) / len(good)
+        # Not every reward judges every question: each mean is over those that it judged.
+        for name in dict.fromkeys(name for sample in good for name in sample.score.parts):
+            judged = [sample.score.parts[name] for sample in good if name in sample.score.parts]
+            values[f"reward/{name}"] = sum(judged) / len(judged)
     # Groups whose rewards are all alike teach nothing: their advantages are zero.
     flat = [group for group in groups if len({sample.reward for sample in group.samples}) == 1]
     values["reward/flat_groups"] = len(flat) / len(groups)
     return values
+
+
+def require_rewards(groups: Sequence[SampleGroup], max_share: float) -> None:
+    """Raises RuntimeError where more than `max_share` of the samples have a reward that failed, with the reasons."""
+    samples = [sample for group in groups for sample in group.samples if sample.score is not None]
+    errors = Counter(sample.score.error for sample in samples if sample.score.error is not None)
+    failed = errors.total()
+    if failed <= max_share * len(samples):
+        return
+    reasons = "; ".join(f"{count} times: {error[:300]}" for error, count in errors.most_common(3))
+    raise RuntimeError(
+        f"reward.max_failed_share: got {max_share:g}; the reward of {failed} of the round's {len(samples)} samples "
+        f"failed; mend the cause or raise it. The most frequent reasons: {reasons}"
+    )
 
 
 def staleness(groups: Sequence[SampleGroup], version: int, step: int) -> dict[str, float]:

@@ -119,7 +119,7 @@ def read_groups(path: Path, *, with_experts: bool = False) -> tuple[list[SampleG
     logprobs = iter(tensors["rollout_logprobs"].split(lengths))
     groups = [
         SampleGroup(
-            Prompt(**entry["prompt"] | {"token_ids": tuple(entry["prompt"]["token_ids"])}),
+            _prompt(entry["prompt"]),
             [_sample(facts, next(tokens).tolist(), next(logprobs).tolist()) for facts in entry["samples"]],
         )
         for entry in header["groups"]
@@ -130,6 +130,11 @@ def read_groups(path: Path, *, with_experts: bool = False) -> tuple[list[SampleG
         for (_, sample), experts in zip(samples, tensors[_EXPERTS].split(rows), strict=True):
             sample.routed_experts = experts
     return groups, header
+
+
+def _prompt(facts: dict[str, Any]) -> Prompt:
+    """A prompt from JSON, which knows lists only."""
+    return Prompt(**{name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()})
 
 
 def rewind(run_dir: Path | str, last: int) -> None:

@@ -13,6 +13,7 @@ from r1mega.algo.lr import learning_rate
 from r1mega.config.checkpoint_files import is_megatron
 from r1mega.config.choices import Init, Loop, Mtp
 from r1mega.config.schema import Config
+from r1mega.config.schema_reward import RewardConfig
 from r1mega.data.mixture import MixedSource, read_general
 from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
 from r1mega.data.sft import SftSource, read_sft, tokenize_sft
@@ -31,7 +32,8 @@ from r1mega.parallel import groups as process_groups
 from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
 from r1mega.parallel.seed import derive
-from r1mega.reward.compose import Rule
+from r1mega.reward.code import CodeLimits
+from r1mega.reward.compose import NAMES, Rule, RuleSettings
 from r1mega.reward.pool import RewardPool
 from r1mega.types import Prompt, TrainerWeights
 
@@ -134,8 +136,7 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
         run.probe = probe_of(config, run, engine, prompts)
         pool = None
         if engine is not None:
-            rule = partial(Rule, {"accuracy": reward.accuracy, "format": reward.format})
-            pool = RewardPool(rule, reward.workers, reward.timeout_seconds)
+            pool = RewardPool(partial(Rule, *_rule(reward)), reward.workers, reward.timeout_seconds)
         run.collector = Collector(
             engine,
             num_speakers,
@@ -177,6 +178,15 @@ def wire_sft(config: Config) -> Iterator[SftRun]:
         if run.is_resumed:
             restore(config, run.groups, run.policy, run.state, run.examples, ())
         yield run
+
+
+def _rule(reward: RewardConfig) -> tuple[dict[str, float], RuleSettings]:
+    """Weights and settings of the rewards that see a response's text."""
+    code = CodeLimits(reward.code_test_seconds, reward.code_total_seconds, reward.code_memory_mib, str(reward.sandbox))
+    # Evaluations show accuracy and format, whatever they weigh.
+    weights = {name: getattr(reward, name) for name in NAMES}
+    weights = {name: weight for name, weight in weights.items() if weight != 0 or name in ("accuracy", "format")}
+    return weights, RuleSettings(code, reward.language_target)
 
 
 def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -1,7 +1,8 @@
 r"""The accuracy reward for mathematics: 1 when the response's answer equals the known one, else 0.
 
-The comparison is math-verify's, with the known answer first: its comparison is not symmetric. Plain decimal numbers
-never get that far; they are compared exactly, which costs microseconds instead of milliseconds.
+The comparison is math-verify's, with the known answer first: its comparison is not symmetric. It reads sets, intervals,
+tuples and equations, and drops units, percent signs and currencies: `5 cm`, `5 m` and `5` are one answer to it. Plain
+decimal numbers never get that far; they are compared exactly, which costs microseconds instead of milliseconds.
 
 There is no time limit in this file. A signal-based one cannot interrupt a single long operation inside the interpreter
 (`10**10**10` is one), so the limit is a process that can be killed: `r1mega.reward.pool`.
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
+from r1mega.reward.answer import last_between, spoken
 from r1mega.types import Prompt, Score
 
 MAX_ANSWER_CHARS = 4096
@@ -28,16 +31,26 @@ _LATEX_ENVIRONMENT = re.compile(r"\$|\\\(|\\\[|\\boxed")
 _TEXT_COMMAND = re.compile(r"\\[a-zA-Z]+(?:\{[^{}]*\})?")
 _FUNCTIONS = "sin|cos|tan|cot|sec|csc|log|exp|sqrt|mod|gcd|lcm"
 _WORD = re.compile(rf"(?:^|(?<=\s))(?!(?:{_FUNCTIONS})\b)[A-Za-z]{{3,}}[.,:;!?]?(?=\s|$)")
+_FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
+_NEGATION = re.compile(r"(?<![a-z\\])(?:not|never|neither|nor|isn't|cannot)(?![a-z])|≠|\\neq?(?![a-z])", re.IGNORECASE)
+_SEVERAL = re.compile(r"[0-9)}]\s*\b(?:or|and)\b\s*[-+$\\({]*[0-9]", re.IGNORECASE)
+_BOUND = re.compile(r"^[\s$]*(?:[<>≤≥]|\\(?:[lg]eq?|[lg]t)(?![a-z]))")
+# What an answer may not be unless a known one is the same.
+_EVASIONS = {
+    _NEGATION: "the answer says what it is not",
+    _SEVERAL: "the answer names several numbers",
+    _BOUND: "the answer is a bound",
+}
 _PERCENT = re.compile(r"\s*\\?%$")
 
 
 def accuracy(prompt: Prompt, text: str) -> Score:
-    """1 when the answer found in `text` equals `prompt.answer`, else 0 with the reason.
+    """1 when the answer found in `text` equals `prompt.answer` or one of `other_answers`, else 0 with the reason.
 
     The answer is what stands in the last complete `<answer>...</answer>` (a `\\boxed{}` in it wins), else the last
-    `\\boxed{}` outside the thinking part. `prompt.answer` may be a plain number, LaTeX, a text that holds a
-    `\\boxed{}`, or a GSM8K solution that ends in `#### 1,234`. A known answer that cannot be read gives a Score with
-    `error` set: that is a fault of the data, which must not pass for a wrong response.
+    `\\boxed{}` outside the thinking part. A known answer may be a plain number, LaTeX, a text that holds a
+    `\\boxed{}`, or a GSM8K solution that ends in `#### 1,234`. One that cannot be read gives a Score with `error`
+    set: that is a fault of the data, which must not pass for a wrong response.
 
     May run very long on a hostile expression: call it in a `RewardPool`.
     """
@@ -46,32 +59,64 @@ def accuracy(prompt: Prompt, text: str) -> Score:
         return score
     answer = extract_answer(text)
     assert answer is not None, "quick_accuracy decides responses without an answer"
-    return _compare(gold_text(prompt.answer), answer)
+    return _best(_compare(gold, answer) for gold in _golds(prompt))
 
 
 def quick_accuracy(prompt: Prompt, text: str) -> Score | None:
     """The score of a response that can be judged at once, else None. Never slow, whatever the text.
 
-    Decides: no answer; an answer too long to be read; a known answer that is empty; two equal texts; two plain numbers.
+    Decides: no answer; an answer too long to be read, in digits other than 0-9, that denies or contradicts itself; a
+    known answer that is empty; two equal texts; two plain numbers.
     """
-    gold = gold_text(prompt.answer)
-    if not gold:
+    golds = _golds(prompt)
+    if not all(golds):
         return Score(0.0, error=f"{prompt.id}: the known answer {prompt.answer[-80:]!r} is empty")
     answer = extract_answer(text)
     if answer is None:
         return Score(0.0, reason=NO_ANSWER)
     if len(answer) > MAX_ANSWER_CHARS:
         return Score(0.0, reason=f"the answer has {len(answer)} characters, at most {MAX_ANSWER_CHARS} are read")
-    if answer == gold:
+    if answer in golds:
         return Score(1.0)
-    gold_number, number = _decimal(gold), _decimal(answer)
-    if gold_number is None or number is None:
+    if _FOREIGN_DIGIT.search(answer):
+        # Python reads every script's digits as numbers, which makes a look-alike of the answer right.
+        return Score(0.0, reason="the answer has digits other than 0-9")
+    for pattern, complaint in _EVASIONS.items():
+        # math-verify finds the number in a sentence whatever the sentence says of it.
+        if pattern.search(answer) and not any(map(pattern.search, golds)):
+            return Score(0.0, reason=complaint)
+    if _is_false_equation(answer):
+        return Score(0.0, reason="the answer equates different numbers")
+    number, known = _decimal(answer), [_decimal(gold) for gold in golds]
+    if number is None or None in known:
         return None
-    return Score(1.0) if gold_number == number else Score(0.0, reason="wrong answer")
+    return Score(1.0) if number in known else Score(0.0, reason="wrong answer")
+
+
+def _is_false_equation(answer: str) -> bool:
+    """Whether it is `41 = 42`, of which math-verify reads the last number only."""
+    sides = [_decimal(side.strip()) for side in answer.split("=")]
+    return None not in sides and len(set(sides)) > 1
+
+
+def _golds(prompt: Prompt) -> list[str]:
+    return [gold_text(answer) for answer in (prompt.answer, *prompt.other_answers)]
+
+
+def _best(scores: Iterable[Score]) -> Score:
+    """The first that is right, else the first of all; but one that failed outweighs one that is wrong."""
+    seen: list[Score] = []
+    for score in scores:
+        if score.value > 0:
+            return score
+        seen.append(score)
+    return next((score for score in seen if score.error), seen[0])
 
 
 def prepare_accuracy() -> None:
     """Import math-verify and sympy and build the parser's tables, about a second's work, ahead of the first text."""
+    # The first root and the first letter load parts of sympy that fractions do without.
+    _compare(r"\sqrt{7919} + x", r"\frac{15838}{2}")
     warm = _compare(r"\frac{1}{2}", "2/4")
     assert warm.value == 1.0, f"math-verify does not work as expected: {warm}"
 
@@ -86,13 +131,11 @@ def gold_text(answer: str) -> str:
 
 def extract_answer(text: str) -> str | None:
     """The answer a response gives, or None. Linear in the length of the text."""
-    tagged = _last_between(text, "<answer>", "</answer>")
+    tagged = last_between(text, "<answer>", "</answer>")
     if tagged is not None:
         boxed = last_boxed(tagged)
         return _strip_dollars(tagged.strip() if boxed is None else boxed) or None
-    # A prompt may have opened the thinking part already, so a closing tag alone ends it; an open one runs to the end.
-    spoken = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
-    boxed = last_boxed(spoken)
+    boxed = last_boxed(spoken(text))
     return _strip_dollars(boxed) or None if boxed is not None else None
 
 
@@ -116,14 +159,6 @@ def last_boxed(text: str) -> str | None:
             boxes.append((depth, match.end()))
             depth += 1
     return text[found[0] : found[1]].strip() if found[0] >= 0 else None
-
-
-def _last_between(text: str, opening: str, closing: str) -> str | None:
-    start = text.rfind(opening, 0, max(text.rfind(closing), 0))
-    if start < 0:
-        return None
-    start += len(opening)
-    return text[start : text.index(closing, start)]
 
 
 def _strip_dollars(text: str) -> str:

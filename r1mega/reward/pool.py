@@ -42,12 +42,21 @@ class QuickReward(Protocol):
         """The score where it is surely cheap to get, else None."""
 
 
+@runtime_checkable
+class LimitedReward(Protocol):
+    """A reward that takes longer on the texts to some questions than the pool's limit."""
+
+    def seconds(self, prompt: Prompt) -> float | None:
+        """The limit for a text to this question, where it needs one of its own."""
+
+
 class RewardPool:
     """Scores texts beside the caller's work, each within a hard limit.
 
     `reward_factory` is called once in each worker and once here; it must be picklable, as a module's function or a
     `functools.partial` of a class is. What the reward's own `quick` method can judge never leaves this process.
-    `timeout_seconds` counts from the moment a worker begins with a text, not from `submit`.
+    `timeout_seconds` counts from the moment a worker begins with a text, not from `submit`; the reward's own `seconds`
+    take its place where they are longer.
 
     With `workers=0` texts are scored in the calling process, and nothing limits how long one takes.
     """
@@ -86,9 +95,14 @@ class RewardPool:
             outcome.set_result(_guarded(self._reward, prompt, text))
         else:
             self._pending.add(outcome)
-            running = self._pool.schedule(_score, args=(prompt, text, self._timeout), timeout=self._timeout)
-            running.add_done_callback(lambda done: self._settle(outcome, self._result(done)))
+            limit = self._limit(prompt)
+            running = self._pool.schedule(_score, args=(prompt, text, limit), timeout=limit)
+            running.add_done_callback(lambda done: self._settle(outcome, self._result(done, limit)))
         return outcome
+
+    def _limit(self, prompt: Prompt) -> float:
+        own = self._reward.seconds(prompt) if isinstance(self._reward, LimitedReward) else None
+        return self._timeout if own is None else max(own, self._timeout)
 
     def close(self) -> None:
         """Kill the workers; scores that were still to come get `error` set. No worker is left when this returns."""
@@ -112,11 +126,11 @@ class RewardPool:
         self._pending.discard(outcome)
         outcome.set_result(score)
 
-    def _result(self, done: Future[Score]) -> Score:
+    def _result(self, done: Future[Score], limit: float) -> Score:
         try:
             return done.result()
         except TimeoutError:
-            return Score(0.0, error=f"no score within {self._timeout:g} s; the worker was stopped")
+            return Score(0.0, error=f"no score within {limit:g} s; the worker was stopped")
         except ProcessExpired as error:
             return Score(0.0, error=f"the reward worker died (exit code {error.exitcode})")
         except CancelledError:

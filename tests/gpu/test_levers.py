@@ -35,8 +35,8 @@ def test_fp32_losses_stay(sft_losses, lever):
 @pytest.mark.skipif(not HAS_TE, reason="Transformer Engine is not installed")
 @pytest.mark.parametrize("lever", TE_LEVERS)
 def test_losses_on_transformer_engine_stay(sft_losses, lever):
-    """The sum of eight losses within 0.5%. A bf16 run differs from its own repetition by 0.6% in a single loss, where two
-    experts score alike and rounding picks either, and by 0.05% in this sum; levers by 0.2% (docs/measured.md)."""
+    """The sum of eight losses within 0.5%. A bf16 run differs from its own repetition by 0.6% in a single loss, as
+    rounding picks between experts that score alike, and by 0.05% in this sum; levers by 0.2% (docs/measured.md)."""
     base = ("precision=bf16", "device.layer_spec=te")
     plain, found = sft_losses(*base, updates=UPDATES), sft_losses(*base, *TE_LEVERS[lever], updates=UPDATES)
     assert sum(found) == pytest.approx(sum(plain), rel=5e-3)

@@ -292,6 +292,21 @@ def test_all_faults_are_reported_together(good: Config) -> None:
             "data.eval: got x.jsonl; stage.loop=sft has no held-out evaluation; set data.eval=null",
         ),
         (
+            {"reward__length": 1.0, "reward__length_buffer": 4096, "rollout__max_tokens": 1024},
+            "reward.length_buffer: got 4096; must be at most rollout.max_tokens=1024, or every response is penalised; "
+            "lower it or raise rollout.max_tokens",
+        ),
+        (
+            {"reward__sandbox": choices.Sandbox.unsafe_rlimits, "reward__workers": 0},
+            "reward.sandbox: got unsafe_rlimits; without a worker, what programs leave behind cannot be told from the "
+            "trainer's own processes; set reward.workers or use bubblewrap",
+        ),
+        (
+            {"reward__language_target": "tlh"},
+            "reward.language_target: got tlh; must be one of en, zh, ru, ko, ar, el, he, hi, or null; "
+            "choose one of them",
+        ),
+        (
             {"reward__accuracy": 0.0, "reward__format": 0.0},
             "reward: got accuracy=0, format=0; at least one weight must be positive; "
             "set reward.accuracy or reward.format",

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from r1mega.config import choices, schema
 from r1mega.launch.late_checks import check_sglang, check_tensors, check_tokens
+from r1mega.reward.sandbox import open_sandbox
 
 
 @pytest.fixture
@@ -149,3 +150,16 @@ def test_a_python_that_cannot_be_run(checkpoint, config, tmp_path):
     asked.rollout.engine, asked.sglang.python = choices.EngineKind.sglang, str(tmp_path)
     (found,) = check_sglang(asked)
     assert "cannot be run" in found and found.startswith("sglang.python: got ")
+
+
+def test_programs_need_a_sandbox_that_works(checkpoint, config, monkeypatch):
+    row = {"question": "1+1?", "domain": "code", "tests": [{"input": "", "output": "2"}]}
+    asked = config(checkpoint("llama"), rows=[row])
+    monkeypatch.setenv("PATH", "")
+    open_sandbox.cache_clear()
+    try:
+        (fault,) = check_tokens(asked)
+        assert check_tokens(config(checkpoint("llama"))) == []  # nothing to run, nothing needed
+    finally:
+        open_sandbox.cache_clear()
+    assert fault.startswith("reward.sandbox: got bubblewrap; `bwrap` must be on PATH; install it")

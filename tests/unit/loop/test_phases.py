@@ -10,7 +10,8 @@ import torch
 
 from r1mega.config import schema
 from r1mega.loop import phases
-from r1mega.types import FinishReason, Sample, SamplingParams, Span
+from r1mega.metrics.timer import PhaseTimer
+from r1mega.types import FinishReason, Prompt, Sample, SampleGroup, SamplingParams, Score, Span
 
 
 def sample(logprobs: list[float], *spans: Span) -> Sample:
@@ -86,3 +87,30 @@ def test_evaluations_are_as_long_as_rollouts_unless_said_otherwise(monkeypatch: 
         run.config.evaluate.max_tokens = own
         phases.evaluate(run)
         assert run.noted == [("max_tokens", tokens)]
+
+
+def scored(num_tokens: int, score: Score) -> Sample:
+    return Sample("p", 0, [1] * num_tokens, [1] * num_tokens, [0.0] * num_tokens, FinishReason.stop, 4, score=score)
+
+
+def rewarded(run: SimpleNamespace, *samples: Sample) -> list[SampleGroup]:
+    groups = [SampleGroup(Prompt("p", "q", "a"), list(samples))]
+    run.timer = PhaseTimer()
+    run.rollouts = SimpleNamespace(groups=lambda: groups, metrics=dict)
+    return phases.reward(run)
+
+
+def test_the_length_counts_where_it_has_weight(run) -> None:
+    run.config.rollout.max_tokens, run.config.reward.length_buffer = 10, 4
+    assert rewarded(run, scored(8, Score(2.0)))[0].samples[0].reward == 2.0
+    run.config.reward.length = 0.5
+    assert rewarded(run, scored(8, Score(2.0)))[0].samples[0].reward == 2.0 - 0.5 * 0.5
+
+
+def test_a_round_whose_rewards_fail_ends_the_run(run) -> None:
+    failed = [scored(1, Score(0.0, error="no bwrap")), scored(1, Score(1.0))]
+    run.config.reward.max_failed_share = 0.5
+    rewarded(run, *failed)
+    run.config.reward.max_failed_share = 0.4
+    with pytest.raises(RuntimeError, match="reward.max_failed_share: got 0.4; .* 1 times: no bwrap"):
+        rewarded(run, *failed)

@@ -72,3 +72,25 @@ def test_the_correction_is_a_mean_over_tokens():
     sums |= {"correction": 5.0, "correction_capped": 1.0}
     values = records.update_metrics(means, sums, grad_norm=0.0, lr=0.0)
     assert (values["train/correction"], values["train/correction_capped"]) == (1.25, 0.25)
+
+
+def test_rewards_that_do_not_judge_every_question_by_hand():
+    score = Score(1.0, {"format": 1.0, "language": 0.5})
+    general = Sample("g", 0, [1], [1], [0.0], FinishReason.stop, 0, score=score)
+    values = records.round_metrics([group(sample(0, 2, 1.0), sample(1, 4, 0.0)), group(general)])
+    assert values["reward/accuracy"] == 0.5  # of the two that have it
+    assert values["reward/format"] == 1.0
+    assert values["reward/language"] == 0.5
+
+
+def test_too_many_failed_rewards_end_the_run_with_the_reasons():
+    groups = [group(sample(0, 2, 1.0), sample(1, 2, 0.0, error="killed")), group(sample(0, 2, 1.0), sample(1, 2, 0.0))]
+    records.require_rewards(groups, 0.25)  # one of four
+    with pytest.raises(
+        RuntimeError, match=r"reward.max_failed_share: got 0.2; the reward of 1 of the round's 4 samples"
+    ):
+        records.require_rewards(groups, 0.2)
+    groups[1].samples[1] = sample(1, 2, 0.0, error="killed")
+    groups[1].samples[0] = sample(0, 2, 0.0, error="no bwrap")
+    with pytest.raises(RuntimeError, match=r"3 of the round's 4 .* 2 times: killed; 1 times: no bwrap"):
+        records.require_rewards(groups, 0.5)

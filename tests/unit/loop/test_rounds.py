@@ -25,7 +25,9 @@ GROUPS = [
         sample(0, [4, 5, 6], (Span(2, 0, 1), Span(4, 1, 3)), FinishReason.stop, Score(1.0, {"accuracy": 1.0}, "why")),
         sample(3, [7], (Span(4, 0, 1),), FinishReason.abort, None),
     ]),
-    SampleGroup(Prompt("q", "question", "answer"), []),
+    SampleGroup(Prompt("q", "question", "answer", domain="code", other_answers=("b",), options=("x", "y"),
+                       tests=({"input": "1", "output": "2"}, {"function": "f", "arguments": [[1]], "output": None}),
+                       language="zh"), []),
 ]  # fmt: skip
 
 

@@ -8,7 +8,8 @@ from functools import partial
 
 import pytest
 
-from r1mega.reward.compose import Rule
+from r1mega.reward.code import CodeLimits
+from r1mega.reward.compose import Rule, RuleSettings
 from r1mega.types import Prompt
 
 PROMPT = Prompt(id="p", question="?", answer="2")
@@ -68,3 +69,51 @@ def test_a_rule_can_be_made_in_another_process() -> None:
 def test_wrong_weights_are_refused(weights: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Rule(weights)
+
+
+OPTIONS = ("red", "green", "blue", "none")
+THINK = "<think> we see </think> <answer> {} </answer>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "accuracy"),
+    [
+        (Prompt("p", "?", "2"), "4/2", 1.0),
+        (Prompt("p", "?", "3", other_answers=("2",)), "4/2", 1.0),
+        (Prompt("p", "?", "3", other_answers=("4",)), "4/2", 0.0),
+        (Prompt("p", "?", "B", domain="stem", options=OPTIONS), "green", 1.0),
+        (Prompt("p", "?", "B", domain="choice", options=OPTIONS), "C", 0.0),
+        (Prompt("p", "?", "B", domain="logic", options=OPTIONS), "(B)", 1.0),
+        (Prompt("p", "?", "0.5", domain="logic"), "1/2", 1.0),
+        (Prompt("p", "?", "", domain="code", tests=({"input": "", "output": "1"},)), "1", 0.0),
+    ],
+)
+def test_the_domain_says_how_an_answer_is_judged(prompt: Prompt, answer: str, accuracy: float) -> None:
+    score = Rule({"accuracy": 1.0, "format": 1.0, "language": 0.5})(prompt, THINK.format(answer))
+    assert score.parts == {"accuracy": accuracy, "format": 1.0, "language": 1.0}
+    assert score.value == accuracy + 1.5
+    assert score.error is None
+
+
+def test_a_general_question_has_no_accuracy() -> None:
+    prompt = Prompt("p", "?", "", domain="general")
+    assert Rule({"accuracy": 1.0, "format": 1.0})(prompt, THINK.format("hi")).parts == {"format": 1.0}
+    only = Rule({"accuracy": 1.0, "format": 0.0})
+    for score in (only(prompt, "hi"), only.quick(prompt, "hi")):
+        assert (score.value, score.error) == (0.0, "p: no reward among accuracy judges questions of domain 'general'")
+
+
+def test_an_unknown_domain_is_an_error() -> None:
+    assert "domain 'poetry'" in Rule({"accuracy": 1.0})(Prompt("p", "?", "1", domain="poetry"), "1").error
+
+
+def test_the_language_of_the_settings_gives_way_to_the_rows() -> None:
+    rule = Rule({"language": 1.0}, RuleSettings(language="ru"))
+    assert rule(Prompt("p", "How?", "1"), THINK.format("1")).value == 0.0
+    assert rule(Prompt("p", "How?", "1", language="en"), THINK.format("1")).value == 1.0
+
+
+def test_only_programs_may_take_longer_than_other_texts() -> None:
+    rule = Rule({"accuracy": 1.0}, RuleSettings(CodeLimits(total_seconds=20.0)))
+    assert rule.seconds(Prompt("p", "?", "1")) is None
+    assert rule.seconds(Prompt("p", "?", "", domain="code")) == 60.0  # tests, compiler, and ten seconds around them

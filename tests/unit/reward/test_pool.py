@@ -162,3 +162,20 @@ def test_without_workers_texts_are_scored_in_this_process() -> None:
 def test_impossible_settings_are_refused(workers: int, limit: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RewardPool(_player, workers=workers, timeout_seconds=limit)
+
+
+class _Patient:
+    """Takes longer on the question `slow`, and may."""
+
+    def __call__(self, prompt: Prompt, text: str) -> Score:
+        time.sleep(float(text))
+        return Score(1.0)
+
+    def seconds(self, prompt: Prompt) -> float | None:
+        return 30.0 if prompt.id == "slow" else None
+
+
+def test_a_question_may_have_a_limit_of_its_own() -> None:
+    with RewardPool(_Patient, workers=1, timeout_seconds=0.5) as pool:
+        assert pool.submit(Prompt("slow", "?", ""), "1").result(timeout=60) == Score(1.0)
+        assert "within 0.5 s" in pool.submit(Prompt("p", "?", ""), "20").result(timeout=60).error
