@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterator
 from pathlib import Path
 
+from r1mega.config.check_benchmark import BENCHMARK_BOUNDS, check_benchmark
 from r1mega.config.check_engines import check_engines
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
 from r1mega.config.choices import DataFormat, DeviceType, Dispatcher, Init, LayerSpec, Loop, Mtp, ParamDtype, Recompute
@@ -94,6 +95,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("evaluate.max_tokens", ((">=", 1),)),
     ("logger.samples_per_round", ((">=", 0),)),
     ("export.every", ((">=", 0),)),
+    *BENCHMARK_BOUNDS,
     ("cluster.nodes", ((">=", 1),)),
     ("cluster.gpus_per_node", ((">=", 1),)),
     *(
@@ -119,6 +121,9 @@ RECOMPUTED_BY_TE = (*RECOMPUTED, "mla_up_proj", "layernorm", "moe_act")
 
 def check(config: Config) -> list[Fault]:
     """All faults of the configuration itself: bounds, rules between fields, run directory, checkpoint files."""
+    if config.stage.loop is Loop.evaluate:  # which trains nothing
+        own = (_check_bounds, _check_run_dir, _check_checkpoint, _check_device, check_engines, check_benchmark)
+        return [fault for part in own for fault in part(config)]
     faults = [
         *_check_bounds(config),
         *_check_run_dir(config),
@@ -141,6 +146,8 @@ def longest_response(config: Config) -> tuple[str, int]:
     """The field that decides the longest text the run produces (sft: learns from, prompt included), and its tokens."""
     if config.stage.loop is Loop.sft:
         return "sft.max_length", config.sft.max_length
+    if config.stage.loop is Loop.evaluate:
+        return "benchmark.max_tokens", config.benchmark.max_tokens
     if config.data.eval is not None and (config.evaluate.max_tokens or 0) > config.rollout.max_tokens:
         return "evaluate.max_tokens", config.evaluate.max_tokens or 0
     return "rollout.max_tokens", config.rollout.max_tokens

@@ -31,14 +31,14 @@ def check_engines(config: Config) -> Iterator[Fault]:
         yield from _check_streaming(config)
     if config.rollout.engine is EngineKind.embedded:
         world = config.parallel.world_size
-        if config.rollout.engines > world >= 1:
+        if config.stage.loop is not Loop.evaluate and config.rollout.engines > world >= 1:
             remedy = f"use at most {world}, or a larger layout"
             constraint = f"must be at most the {world} training processes that can host an engine"
             yield Fault("rollout.engines", str(config.rollout.engines), constraint, remedy)
         if config.rollout.router_replay and config.stage.loop is Loop.rl:
             constraint = "the embedded engine does not tell which experts it chose"
             yield Fault("rollout.router_replay", "true", constraint, "use rollout=sglang, or set it to false")
-    elif config.stage.loop is Loop.rl:
+    elif config.stage.loop in (Loop.rl, Loop.evaluate):
         yield from _check_servers(config)
 
 
@@ -85,6 +85,8 @@ def _check_servers(config: Config) -> Iterator[Fault]:
     yield from _check_places(config)
     yield from _check_groups(config)
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    if config.stage.loop is Loop.evaluate:
+        longest = config.benchmark.max_prompt_tokens + config.benchmark.max_tokens
     cached = sglang.cached_tokens(config.device.type)
     if cached is not None and 1 <= cached < longest:
         constraint = f"must hold the longest prompt and response, {longest} tokens"

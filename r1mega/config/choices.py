@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 # OmegaConf reads an enum by member name and writes it by member name, so every member is named as its value.
-Loop = StrEnum("Loop", ["rl", "sft"])
+Loop = StrEnum("Loop", ["rl", "sft", "evaluate"])
 Init = StrEnum("Init", ["load", "random"])
 ParamDtype = StrEnum("ParamDtype", ["fp32", "bf16"])
 EngineDtype = StrEnum("EngineDtype", ["fp32", "bf16", "fp8"])
@@ -26,4 +26,5 @@ Transport = StrEnum("Transport", ["disk", "ipc", "gloo", "nccl"])
 RouterPolicy = StrEnum("RouterPolicy", ["cache_aware", "power_of_two", "round_robin", "random"])
 KvCacheDtype = StrEnum("KvCacheDtype", ["auto", "bf16", "fp8_e4m3", "fp8_e5m2"])
 MoeA2aBackend = StrEnum("MoeA2aBackend", ["none", "deepep"])
+GraderName = StrEnum("GraderName", ["math", "choice", "drop", "code", "none", "judge", "harness"])
 Scheduler = StrEnum("Scheduler", ["local", "slurm"])

@@ -29,6 +29,7 @@ from r1mega.config.choices import (
     Verify,
     WandbMode,
 )
+from r1mega.config.schema_benchmark import BenchmarkConfig
 from r1mega.config.schema_cluster import ClusterConfig
 from r1mega.config.schema_reward import RewardConfig
 from r1mega.config.schema_rollout import RolloutConfig, SglangConfig
@@ -56,7 +57,7 @@ class RunConfig:
 @dataclass
 class StageConfig:
     loop: Loop = MISSING
-    """Which loop runs: `rl` (GRPO) or `sft` (supervised fine-tuning)."""
+    """Which loop runs: `rl` (GRPO), `sft` (supervised fine-tuning) or `evaluate` (a benchmark; r1mega evaluate)."""
 
 
 @dataclass
@@ -326,3 +327,4 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)

@@ -31,6 +31,19 @@ def run(config: Config) -> int:
     return _run_workers(config, config_path, log_dir, fleet=fleet)
 
 
+def evaluate(config: Config) -> int:
+    """Evaluate a model on a benchmark, or go on with that; returns as `run`.
+
+    Raises ConfigError before anything is written or started when the configuration has faults.
+    """
+    from r1mega.launch import evaluation
+
+    config_path = evaluation.prepare(config)
+    log_dir = config_path.parent / rundir.LOG_DIR
+    size = evaluation.wire_evaluate.world_size(config)
+    return _run_workers(config, config_path, log_dir, fleet=evaluation.fleet(config, log_dir), world_size=size)
+
+
 def replay(run_dir: Path, round_number: int, update: int) -> int:
     """Do one update of a past run again and print what it gave beside what was recorded.
 
@@ -48,11 +61,17 @@ def replay(run_dir: Path, round_number: int, update: int) -> int:
 
 
 def _run_workers(
-    config: Config, config_path: Path, log_dir: Path, *options: str, fleet: EngineFleet | None = None
+    config: Config,
+    config_path: Path,
+    log_dir: Path,
+    *options: str,
+    fleet: EngineFleet | None = None,
+    world_size: int | None = None,
 ) -> int:
     argv = [sys.executable, "-m", WORKER, "--config", str(config_path), *options]
     env = worker_env(config.device.type, config.device.threads)
-    result = supervise.run_world(argv, config.parallel.world_size, log_dir=log_dir, env=env, beside=fleet)
+    ranks = world_size or config.parallel.world_size
+    result = supervise.run_world(argv, ranks, log_dir=log_dir, env=env, beside=fleet)
     if result.message:
         print(f"r1mega: {result.message}", file=sys.stderr)
     return result.exit_code

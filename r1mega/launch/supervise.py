@@ -158,9 +158,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(
-    ranks: list[_Rank], received: list[int], grace_seconds: float, beside: Companions | None
-) -> WorldResult:
+def _watch(ranks: list[_Rank], received: list[int], grace_seconds: float, beside: Companions | None) -> WorldResult:
     while any(rank.status is None for rank in ranks):
         _look(ranks)
         if received:

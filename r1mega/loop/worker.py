@@ -31,6 +31,10 @@ def main() -> None:
 
         round_number, _, update = args.replay.partition(":")
         replay.main(config, int(round_number), int(update), args.out)
+    elif config.stage.loop is Loop.evaluate:
+        from r1mega.loop import evaluate
+
+        evaluate.main(config)
     elif config.stage.loop is Loop.sft:
         from r1mega.loop import sft
 

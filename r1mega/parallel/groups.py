@@ -76,6 +76,20 @@ def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: 
     return _groups(layout, rank, device, control)
 
 
+def meet(*, timeout_minutes: float) -> dist.ProcessGroup:
+    """Join the world as `initialize` does, for processes that exchange objects and nothing else: gloo, and no cut.
+
+    Megatron is not needed. `part` leaves it.
+    """
+    dist.init_process_group("gloo", timeout=timedelta(minutes=timeout_minutes))
+    return dist.group.WORLD
+
+
+def part() -> None:
+    """Leave a world that `meet` joined."""
+    dist.destroy_process_group()
+
+
 def imagine(layout: Layout, rank: int) -> Groups:
     """What `initialize` gives this rank of a world of any size, in one process and with nobody to talk to.
 
