@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from r1mega.benchmark.answers import answer_letter, answer_line, choice, drop_f1, same_words
-from r1mega.reward.compose import PARTS, Part
 from r1mega.reward.math import accuracy, extract_answer, prepare_accuracy, quick_accuracy
 from r1mega.types import Prompt, Score
 
 NONE = "none"  # responses are kept, and graded elsewhere
+_CODE = "r1mega.reward.code"
+Scoring = Callable[[Prompt, str], Score]
 
 
 @dataclass(frozen=True)
@@ -18,62 +22,80 @@ class Grader:
     """How one kind of question is graded.
 
     Args:
-        part: the reward that scores a response.
+        reward: makes what scores a response; called once in each process that scores.
+        quick: the same score where it is surely cheap to get, else None.
         answer: the answer in a response, which votes are counted by; None where answers of samples cannot be compared.
         same: whether two different texts are the same answer; None: math-verify decides, in a process of its own.
         asks: what a row has to hold besides its question: `answer`, `options` or `tests`.
-        about: one line for people.
+        prepare: the slow imports that a first text would wait for.
+        seconds: what one text may take, where the pool's limit is too short.
     """
 
-    part: Part
+    reward: Callable[[], Scoring]
+    quick: Callable[[Prompt, str], Score | None]
     answer: Callable[[str], str | None] | None
     same: Callable[[str, str], bool] | None
     asks: str
-    about: str
-
-
-def _of_text(reward: Callable[[Prompt, str], Score]) -> Part:
-    return Part(reward=reward, quick=reward)
+    prepare: Callable[[], None] | None = None
+    seconds: float | None = None
 
 
 def _never(_first: str, _second: str) -> bool:
     return False
 
 
-GRADERS: dict[str, Grader] = {
-    "math": Grader(PARTS["accuracy"], extract_answer, None, "answer", "math-verify on the answer tags or the last box"),
-    "choice": Grader(_of_text(choice), answer_letter, _never, "options", "the letter of the last `Answer: X`"),
-    "drop": Grader(_of_text(drop_f1), answer_line, same_words, "answer", "F1 of the words of the last `Answer: ...`"),
-}
-# Graders that other rewards bring: there where the reward of that name is.
-if "code" in PARTS:
-    GRADERS["code"] = Grader(PARTS["code"], None, _never, "tests", "all tests pass, on the last block of code")
+def _not_quickly(_prompt: Prompt, _text: str) -> Score | None:
+    return None
+
+
+def grader(name: str) -> Grader | None:
+    """The grader of a name; None where there is none, see `why_absent`."""
+    if name == "code" and why_absent(name) is None:
+        # Not imported with this module: an evaluation of mathematics needs neither compilers nor a sandbox.
+        code = importlib.import_module(_CODE)
+        limits = code.CodeLimits()
+        reward = partial(partial, code.code_passes, limits=limits)
+        return Grader(reward, _not_quickly, None, _never, "tests", seconds=limits.hard_seconds)
+    return _GRADERS.get(name)
 
 
 def why_absent(name: str) -> str | None:
     """Why a grader cannot run here; None where it can."""
-    if name == NONE or name in GRADERS:
-        return None
-    return f"the reward {name!r} is not part of this installation (the rewards are {', '.join(sorted(PARTS))})"
+    if name == "code" and importlib.util.find_spec(_CODE) is None:
+        return f"{_CODE} is not part of this installation"
+    return None
+
+
+_GRADERS: dict[str, Grader] = {
+    "math": Grader(lambda: accuracy, quick_accuracy, extract_answer, None, "answer", prepare=prepare_accuracy),
+    "choice": Grader(lambda: choice, choice, answer_letter, _never, "options"),
+    "drop": Grader(lambda: drop_f1, drop_f1, answer_line, same_words, "answer"),
+}
 
 
 class Grading:
     """A reward for `reward.pool.RewardPool`: the grader of a name, made in each worker."""
 
     def __init__(self, name: str) -> None:
-        self._part = GRADERS[name].part
+        found = grader(name)
+        assert found is not None, f"{name} is refused before a process starts"
+        self._grader, self._reward = found, found.reward()
 
     def __call__(self, prompt: Prompt, text: str) -> Score:
-        return self._part.reward(prompt, text)
+        return self._reward(prompt, text)
 
     def quick(self, prompt: Prompt, text: str) -> Score | None:
         """The score where it is cheap to get, else None."""
-        return self._part.quick(prompt, text)
+        return self._grader.quick(prompt, text)
 
     def prepare(self) -> None:
         """Do the slow imports ahead of the first text."""
-        if self._part.prepare is not None:
-            self._part.prepare()
+        if self._grader.prepare is not None:
+            self._grader.prepare()
+
+    def seconds(self, _prompt: Prompt) -> float | None:
+        """What one text may take, where it needs more than the pool gives."""
+        return self._grader.seconds
 
 
 class Sameness:

@@ -118,10 +118,7 @@ def _problem(
     elif asks == "answer":
         found = _answer(place, row, columns)
         answer = ALTERNATIVE.join(map(str, found)) if isinstance(found, list) else str(found)
-    tests = ()
-    if asks == "tests":
-        tests = _tests(place, row, columns)
-        answer = json.dumps(tests)  # what a reward is given beside the response is the prompt's answer
+    tests = _tests(place, row, columns) if asks == "tests" else ()
     return Problem(
         id=str(row.get("id", place)),
         prompt=_filled(place, template, row, question, options),

@@ -39,8 +39,8 @@ class BenchmarkConfig:
     """Longest prompt accepted (ours)."""
     grader: GraderName = GraderName.math
     """What scores a response: `math` (math-verify on the last box or answer tag), `choice` (the letter of the last
-    `Answer: X`), `drop` (F1 of the words of the last `Answer: ...`), `code` (tests), `none` (responses are kept). What is graded by a
-    `judge` or its own `harness` is refused, with what is needed instead."""
+    `Answer: X`), `drop` (F1 of the words of the last `Answer: ...`), `code` (tests), `none` (responses are kept).
+    What a `judge` or a `harness` of its own grades is refused, with what is needed instead."""
     samples: int = 1
     """Responses to each problem (R1's k: 64 for AIME and GPQA, 16 for MATH-500 and Codeforces, 8 for LiveCodeBench)."""
     pass_at: list[int] = field(default_factory=lambda: [1, 4, 8, 16, 32, 64])

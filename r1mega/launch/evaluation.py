@@ -12,7 +12,7 @@ from r1mega.benchmark import graders, rating, rows
 from r1mega.benchmark.rows import Problem
 from r1mega.config import checkpoint_files
 from r1mega.config.check import check
-from r1mega.config.choices import EngineDtype, EngineKind
+from r1mega.config.choices import EngineDtype, EngineKind, Loop
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.data.prompts import Prompt
@@ -65,6 +65,9 @@ def fleet(config: Config, log_dir: Path) -> EngineFleet | None:
 def _required(config: Config) -> list[Problem]:
     """The problems of a configuration without a fault. Raises ConfigError."""
     faults: list[Fault | str] = list(check(config))
+    if config.stage.loop is not Loop.evaluate:
+        constraint = "r1mega evaluate has a stage of its own"
+        faults.append(Fault("stage.loop", str(config.stage.loop), constraint, "leave stage= out"))
     why_not = graders.why_absent(str(config.benchmark.grader))
     if why_not is not None and not any(isinstance(f, Fault) and f.field == "benchmark.grader" for f in faults):
         remedy = "use another grader, or keep the responses with benchmark.grader=none"
@@ -126,7 +129,8 @@ def _prompt_faults(config: Config, problems: Sequence[Problem]) -> list[str]:
     if total > positions:
         faults.append(
             f"benchmark.max_tokens: got {config.benchmark.max_tokens}; {longest.id} has {len(longest.token_ids)} "
-            f"prompt tokens, together {total}; the model's max_position_embeddings is {positions}; lower benchmark.max_tokens"
+            f"prompt tokens, together {total}; the model's max_position_embeddings is {positions}; lower it, or use a "
+            "model for longer texts"
         )
     return faults
 

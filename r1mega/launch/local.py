@@ -22,6 +22,8 @@ def run(config: Config) -> int:
 
     Raises ConfigError before anything is written or started when the configuration has faults.
     """
+    if config.stage.loop is Loop.evaluate:
+        return evaluate(config)
     preflight.require(config)
     resume.prepare(config)
     config_path = rundir.create(config)

@@ -15,7 +15,7 @@ from pathlib import Path
 from r1mega.benchmark import graders, rating, report, show
 from r1mega.benchmark.answers import spoken
 from r1mega.benchmark.estimates import cluster
-from r1mega.benchmark.graders import GRADERS, Sameness
+from r1mega.benchmark.graders import Sameness
 from r1mega.benchmark.samples import Graded, SampleFile
 from r1mega.config.schema import Config
 from r1mega.loop.evaluate_progress import Progress
@@ -96,7 +96,7 @@ def grade(run: EvaluationRun, job: Job, completion: Completion) -> Future[Graded
     """The sample with its score, to come."""
     i, j = job
     text = run.text_of(completion.token_ids)
-    grader = GRADERS.get(str(run.config.benchmark.grader))
+    grader = graders.grader(str(run.config.benchmark.grader))
     answer = grader.answer(text) if grader is not None and grader.answer is not None else None
     outcome: Future[Graded] = Future()
 
@@ -162,7 +162,7 @@ def asked_of(run: EvaluationRun, file: SampleFile) -> list[report.Asked]:
     """The problems with their samples, and which answers are the same."""
     benchmark = run.config.benchmark
     wanted = [s for s in file.ordered() if s.problem < len(run.problems) and s.sample < benchmark.samples]
-    grader = GRADERS.get(str(benchmark.grader))
+    grader = graders.grader(str(benchmark.grader))
     found = []
     with RewardPool(Sameness, run.config.reward.workers, run.config.reward.timeout_seconds) as pool:
 

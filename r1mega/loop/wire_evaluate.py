@@ -123,7 +123,7 @@ def problems_of(config: Config) -> list[Problem]:
                 f"benchmark.data: got nothing; {error}; check the connection and `huggingface-cli login`, or download "
                 "the set elsewhere and set benchmark.data=FILE.jsonl"
             ) from error
-    grader = graders.GRADERS.get(str(benchmark.grader))
+    grader = graders.grader(str(benchmark.grader))
     problems = rows.problems_of(
         found,
         _columns(benchmark),
@@ -137,7 +137,7 @@ def problems_of(config: Config) -> list[Problem]:
 def prompts_of(config: Config, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The problems tokenized. Raises ValueError for a prompt over benchmark.max_prompt_tokens."""
     benchmark = config.benchmark
-    prompts = [Prompt(id=p.id, question=p.prompt, answer=p.answer) for p in problems]
+    prompts = [Prompt(p.id, p.prompt, p.answer, **({"tests": p.tests} if p.tests else {})) for p in problems]
     try:
         return tokenize_prompts(prompts, tokenizer, str(benchmark.template), benchmark.max_prompt_tokens)
     except ValueError as error:

@@ -22,7 +22,11 @@ from r1mega.launch import preflight
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 OPTIONS = [(group, name) for group, names in options().items() for name in names]
 # The option of another group without which an option makes no sense.
-COMPANIONS = {("stage", "sft"): ["data=sft"], ("data", "sft"): ["stage=sft"]}
+COMPANIONS = {
+    ("stage", "sft"): ["data=sft"],
+    ("data", "sft"): ["stage=sft"],
+    ("stage", "evaluate"): ["benchmark=file", "benchmark.max_tokens=1024"],
+}
 # Options that a machine without a GPU refuses, and what every fault then names.
 REFUSED = {("precision", "fp8"): "precision.fp8"}
 
@@ -49,7 +53,8 @@ def test_every_option_resolves_to_its_snapshot_and_passes_the_checks(
     data = replace(config.data, train=str(train), eval=str(inputs.qa) if config.data.eval else None)
     model = replace(config.model, hf=str(inputs.model))
     run, sglang = replace(config.run, dir=str(inputs.run)), replace(config.sglang, python=sys.executable)
-    sound = replace(config, data=data, model=model, run=run, sglang=sglang)
+    benchmark = replace(config.benchmark, data=str(inputs.qa))
+    sound = replace(config, data=data, model=model, run=run, sglang=sglang, benchmark=benchmark)
     if (group, name) in REFUSED:
         with pytest.raises(ConfigError) as refused:
             preflight.require(sound, ())
