@@ -1,5 +1,4 @@
-"""`r1mega evaluate` as a user runs it, on a tiny model of a few SFT updates: whole, killed and resumed, of a training
-checkpoint, refused."""
+"""`r1mega evaluate` as a user runs it, on a tiny model: whole, killed and resumed, of a training checkpoint."""
 
 from __future__ import annotations
 
@@ -14,6 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import make_toy
+from r1mega.data.sft import SftSource, read_sft, tokenize_sft
+from r1mega.data.toy_tokenizer import save_tokenizer
 
 # The first test waits for the model to be trained, which takes minutes where the machine has much else to do.
 pytestmark = pytest.mark.timeout(900)
@@ -30,28 +35,32 @@ def write_rows(path: Path, rows: Iterable[dict]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a tiny model that has learned what sums look like: hf/ and a checkpoint."""
-    folder = tmp_path_factory.mktemp("trained")
-    make = [sys.executable, str(REPO / "tools" / "make_toy.py"), "--out", str(folder), "--family", "qwen2"]
-    sizes = ["--sft-rows", "1", "--train-rows", "1", "--eval-rows", "1"]
-    subprocess.run([*make, *sizes], check=True, timeout=100, **TEXT)
-    rows = [
-        {"prompt": f"{a}+{b}", "response": f"<think>{a}+{b}</think> <answer>{a + b}</answer>"}
-        for a, b in SUMS
-        if (a, b) not in HELD_OUT
-    ]
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "r1mega.cli", "train", "experiment=toy_base", "parallel=single", "optim.lr=1e-2",
-            f"model.hf={folder}/base_config", f"data.train={write_rows(folder / 'sums.jsonl', rows)}",
-            f"run.dir={folder}/run", "sft.updates=30", "sft.batch_size=32", "checkpoint.every=30",
-            "logger.console=false", "logger.tensorboard=false",
-        ],
-        timeout=600, check=False, **TEXT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model after a few updates of SFT: it knows what an answer looks like, and some of the sums."""
+    folder = tmp_path_factory.mktemp("model")
+    make_toy.write_base_config(folder / "base_config", "qwen2")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base_config")
+    rows = [{"prompt": f"{a}+{b}", "response": response(a, b)} for a, b in SUMS if (a, b) not in HELD_OUT]
+    examples = tokenize_sft(read_sft(write_rows(folder / "sums.jsonl", rows)), tokenizer, "r1_zero", 64)
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "base_config"))
+    optimizer = torch.optim.AdamW(made.parameters(), lr=5e-3, weight_decay=0.0)
+    source = SftSource(examples, seed=0)
+    for _ in range(60):
+        batch = source.next(32)
+        longest = max(len(example.token_ids) for example in batch)
+        ids = torch.tensor([(*e.token_ids, *(0,) * (longest - len(e.token_ids))) for e in batch])
+        mask = torch.tensor([(*e.loss_mask, *(0,) * (longest - len(e.loss_mask))) for e in batch])
+        made(input_ids=ids, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    made.save_pretrained(folder / "hf")
+    save_tokenizer(tokenizer, folder / "hf")
+    return folder / "hf"
+
+
+def response(a: int, b: int) -> str:
+    return f"<think>{a}+{b}</think> <answer>{a + b}</answer>"
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +88,10 @@ def samples_of(run_dir: Path) -> dict[tuple[int, int], dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(trained: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(model: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluation that nobody disturbed."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    done = evaluate(trained / "hf", questions, run_dir)
+    done = evaluate(model, questions, run_dir)
     assert done.returncode == 0, done.stderr
     assert "13 problems x 8 samples" in done.stdout
     return run_dir
@@ -102,11 +111,11 @@ def test_the_report_says_what_the_samples_say(whole: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_half_way_and_resumed_it_gives_the_same_report(
-    trained: Path, questions: Path, whole: Path, tmp_path: Path
+    model: Path, questions: Path, whole: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     process = subprocess.Popen(
-        command(trained / "hf", questions, run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        command(model, questions, run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     limit = time.monotonic() + 500
@@ -122,7 +131,7 @@ def test_killed_half_way_and_resumed_it_gives_the_same_report(
     assert not (run_dir / "report.json").exists()
     with path.open("ab") as file:
         file.write(b'{"problem": 3, "samp')  # what a kill within a write leaves
-    done = evaluate(trained / "hf", questions, run_dir, "run.resume=true")
+    done = evaluate(model, questions, run_dir, "run.resume=true")
     assert done.returncode == 0, done.stderr
     assert "samples kept" in done.stdout
     assert (run_dir / "report.json").read_bytes() == (whole / "report.json").read_bytes()
@@ -133,29 +142,27 @@ def samples_of_torn(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1]
 
 
-@pytest.mark.slow
-def test_a_training_checkpoint_two_engines_and_another_seed(
-    trained: Path, questions: Path, whole: Path, tmp_path: Path
-) -> None:
-    checkpoint = trained / "checkpoints" / "update-000030"
-    done = evaluate(checkpoint, questions, tmp_path / "run", "rollout.engines=2", "benchmark.plot=false")
+@pytest.mark.extended
+def test_a_training_checkpoint_is_its_export_on_two_engines_too(questions: Path, model: Path, tmp_path: Path) -> None:
+    """The same weights by two ways, on one process and on two: what is drawn depends on problem and sample alone."""
+    rows = [{"prompt": f"{a}+{b}", "response": response(a, b)} for a, b in SUMS if (a, b) not in HELD_OUT]
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "r1mega.cli", "train", "stage=sft", "data=sft", "optim.lr=1e-3",
+            f"model.hf={model}", f"data.train={write_rows(tmp_path / 'sums.jsonl', rows)}", "data.template=r1_zero",
+            f"run.dir={tmp_path}/trained", "sft.updates=4", "sft.batch_size=32", "checkpoint.every=4",
+            "logger.console=false", "logger.tensorboard=false",
+        ],
+        timeout=600, check=False, **TEXT,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    # The same weights by another way, on two processes: what is drawn depends on problem and sample alone.
-    assert samples_of(tmp_path / "run") == samples_of(whole)
-    other = evaluate(trained / "hf", questions, tmp_path / "other", "run.seed=4", "benchmark.limit=3")
+    places = {"hf": "hf", "checkpoint": "checkpoints/update-000004"}
+    for name, place in places.items():
+        engines = "rollout.engines=2" if name == "checkpoint" else "rollout.engines=1"
+        done = evaluate(tmp_path / "trained" / place, questions, tmp_path / name, engines, "benchmark.plot=false")
+        assert done.returncode == 0, done.stderr
+    assert samples_of(tmp_path / "hf") == samples_of(tmp_path / "checkpoint")
+    other = evaluate(tmp_path / "trained" / "hf", questions, tmp_path / "other", "run.seed=4", "benchmark.limit=3")
     assert other.returncode == 0, other.stderr
-    texts = [row["text"] for row in samples_of(tmp_path / "other").values()]
-    assert texts != [row["text"] for (i, _), row in sorted(samples_of(whole).items()) if i < 3]
-
-
-def test_other_problems_or_weights_are_not_mixed_with_what_is_kept(
-    trained: Path, questions: Path, whole: Path, tmp_path: Path
-) -> None:
-    other = write_rows(tmp_path / "other.jsonl", [{"question": "1+1", "answer": "2"}])
-    done = evaluate(trained / "hf", other, whole, "run.resume=true")
-    assert done.returncode == 2
-    assert f"benchmark.data: got {other}; the samples kept in {whole} are of other problems" in done.stderr
-    done = evaluate(trained / "hf", questions, whole, "run.resume=true", "benchmark.temperature=1")
-    assert "benchmark.temperature: got 1.0; the run was started with 0.6" in done.stderr
-    done = evaluate(trained / "hf", questions, whole)
-    assert "already holds a run" in done.stderr
+    texts = {key: row["text"] for key, row in samples_of(tmp_path / "hf").items() if key[0] < 3}
+    assert {key: row["text"] for key, row in samples_of(tmp_path / "other").items()} != texts  # another seed
