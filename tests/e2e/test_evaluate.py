@@ -25,7 +25,9 @@ pytestmark = pytest.mark.timeout(900)
 
 REPO = Path(__file__).resolve().parents[2]
 SUMS = [(a, b) for a in range(10) for b in range(10)]
-HELD_OUT = SUMS[3::8]  # 13 problems
+HELD_OUT = SUMS[3::8]
+PROBLEMS, SAMPLES = len(HELD_OUT), 8
+TOTAL = PROBLEMS * SAMPLES
 TEXT = {"capture_output": True, "text": True}
 
 
@@ -72,8 +74,8 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(model: Path, questions: Path, run_dir: Path, *overrides: str) -> list[str]:
     return [
         sys.executable, "-m", "r1mega.cli", "evaluate", f"model.hf={model}", "benchmark=file",
-        f"benchmark.data={questions}", f"run.dir={run_dir}", "benchmark.template=r1_zero", "benchmark.samples=8",
-        "benchmark.max_tokens=40", "benchmark.stop=['</answer>']", "rollout.max_batch=8", "run.seed=3", *overrides,
+        f"benchmark.data={questions}", f"run.dir={run_dir}", "benchmark.template=r1_zero",
+        f"benchmark.samples={SAMPLES}", "benchmark.max_tokens=40", "benchmark.stop=['</answer>']", "rollout.max_batch=8", "run.seed=3", *overrides,
     ]  # fmt: skip
 
 
@@ -93,19 +95,19 @@ def whole(model: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     done = evaluate(model, questions, run_dir)
     assert done.returncode == 0, done.stderr
-    assert "13 problems x 8 samples" in done.stdout
+    assert f"{PROBLEMS} problems x {SAMPLES} samples" in done.stdout
     return run_dir
 
 
 def test_the_report_says_what_the_samples_say(whole: Path) -> None:
     report, samples = json.loads((whole / "report.json").read_text()), samples_of(whole)
-    assert len(samples) == 13 * 8 == report["samples"]
+    assert len(samples) == TOTAL == report["samples"]
     right = sum(sample["score"] for sample in samples.values())
-    assert 0 < right < len(samples), "the model has to be neither perfect nor useless"
+    assert len({sample["answer"] for sample in samples.values()}) > 5, "a model that has more than one thing to say"
     assert report["metrics"]["pass@1"]["value"] == pytest.approx(right / len(samples), abs=1e-6)
-    assert set(report["metrics"]) == {"pass@1", "pass@4", "pass@8", "cons@4", "cons@8"}
-    solved = [any(samples[i, j]["score"] for j in range(8)) for i in range(13)]
-    assert report["metrics"]["pass@8"]["value"] == pytest.approx(sum(solved) / 13, abs=1e-6)
+    assert set(report["metrics"]) == {f"{name}@{k}" for name in ("pass", "cons") for k in (4, 8)} | {"pass@1"}
+    solved = [any(samples[i, j]["score"] for j in range(SAMPLES)) for i in range(PROBLEMS)]
+    assert report["metrics"]["pass@8"]["value"] == pytest.approx(sum(solved) / PROBLEMS, abs=1e-6)
     assert (whole / "benchmark.png").stat().st_size > 5_000
 
 
@@ -127,7 +129,7 @@ def test_killed_half_way_and_resumed_it_gives_the_same_report(
         with contextlib.suppress(psutil.NoSuchProcess):
             member.send_signal(signal.SIGKILL)
     process.wait(timeout=20)
-    assert 36 <= len(samples_of_torn(path)) < 13 * 8
+    assert 36 <= len(samples_of_torn(path)) < TOTAL
     assert not (run_dir / "report.json").exists()
     with path.open("ab") as file:
         file.write(b'{"problem": 3, "samp')  # what a kill within a write leaves
