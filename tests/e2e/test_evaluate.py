@@ -75,8 +75,8 @@ def command(model: Path, questions: Path, run_dir: Path, *overrides: str) -> lis
     return [
         sys.executable, "-m", "r1mega.cli", "evaluate", f"model.hf={model}", "benchmark=file",
         f"benchmark.data={questions}", f"run.dir={run_dir}", "benchmark.template=r1_zero",
-        f"benchmark.samples={SAMPLES}", "benchmark.max_tokens=40", "benchmark.stop=['</answer>']", "rollout.max_batch=8",
-        "run.seed=3", *overrides,
+        f"benchmark.samples={SAMPLES}", "benchmark.max_tokens=40", "benchmark.stop=['</answer>']",
+        "rollout.max_batch=8", "run.seed=3", *overrides,
     ]  # fmt: skip
 
 
