@@ -104,6 +104,16 @@ def doctor(arguments: Sequence[str]) -> int:
     return _launcher("doctor").main(arguments)
 
 
+def evaluate(arguments: Sequence[str]) -> int:
+    """Evaluate a model on a benchmark as the papers do: pass@1, pass@k, cons@k, beside the paper's figures."""
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        print(_evaluate_help(), flush=True)
+        return 0 if arguments else USAGE_ERROR
+    return _for_each_composed(
+        "evaluate", ["stage=evaluate", *arguments], lambda config: _launcher("local").evaluate(config)
+    )
+
+
 def _for_each_composed(command: str, arguments: Sequence[str], action: Callable[[Config], int]) -> int:
     """Compose a configuration from the arguments and act on it, several times in a sweep; the exit code."""
     import hydra
@@ -245,9 +255,33 @@ def _train_help() -> str:
     return "\n".join(lines)
 
 
+def _evaluate_help() -> str:
+    from r1mega.config.registry import fields, options
+
+    head = """\
+        usage: r1mega evaluate model.hf=DIR benchmark=NAME [benchmark.data=FILE] [GROUP=OPTION ...] [FIELD=VALUE ...]
+
+        DIR is a Hugging Face checkpoint, or a training checkpoint RUN_DIR/checkpoints/update-N. For example:
+          r1mega evaluate model.hf=DIR benchmark=aime2024 benchmark.data=aime2024.jsonl run.dir=runs/aime
+          r1mega evaluate model.hf=DIR benchmark=math500 rollout=sglang device=cuda precision=bf16 sglang.tp=8
+          r1mega evaluate ... run.dir=runs/aime run.resume=true      go on with one that was stopped
+        Every sample is kept in samples.jsonl, the figures in report.json. docs/evaluation.md says how they are made.
+
+        benchmarks:"""
+    lines = [textwrap.dedent(head)]
+    lines += [f"  {name:<22}{about}".rstrip() for name, about in options().get("benchmark", {}).items()]
+    lines.append("\nfields (default in brackets); `r1mega train --help` lists those of other sections:")
+    for entry in fields():
+        if entry.path.startswith("benchmark."):
+            lines.append(f"  {entry.path}  {entry.type}  [{'-' if entry.default is None else entry.default}]")
+            lines += textwrap.wrap(entry.doc, width=114, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "submit": submit,
+    "evaluate": evaluate,
     "replay": replay,
     "plan": plan,
     "doctor": doctor,

@@ -145,11 +145,15 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """`num_samples` sequences wanted for one prompt. `key` comes back with each Completion."""
+    """`num_samples` sequences wanted for one prompt. `key` comes back with each Completion.
+
+    With a `seed` of its own, what a request draws depends on neither its place among others nor SamplingParams.seed.
+    """
 
     key: int
     token_ids: tuple[int, ...]
     num_samples: int = 1
+    seed: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterator
 from pathlib import Path
 
+from r1mega.config.check_benchmark import BENCHMARK_BOUNDS, check_benchmark
 from r1mega.config.check_cluster import check_cluster
 from r1mega.config.check_engines import check_engines
 from r1mega.config.check_plan import PLAN_BOUNDS
@@ -108,6 +109,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("evaluate.max_tokens", ((">=", 1),)),
     ("logger.samples_per_round", ((">=", 0),)),
     ("export.every", ((">=", 0),)),
+    *BENCHMARK_BOUNDS,
     ("cluster.nodes", ((">=", 1),)),
     ("cluster.gpus_per_node", ((">=", 1),)),
     *(
@@ -139,6 +141,16 @@ def check(config: Config, *, here: bool = True) -> list[Fault]:
     its packages.
     """
     bounds = list(_check_bounds(config))
+    if config.stage.loop is Loop.evaluate:  # which trains nothing
+        return [
+            *bounds,
+            *(_check_run_dir(config) if here else ()),
+            *(_check_checkpoint(config) if here else ()),
+            *_check_device(config, here),
+            *check_cluster(config),
+            *check_engines(config, here=here),
+            *(check_benchmark(config) if here else ()),
+        ]
     faults = [
         *bounds,
         *(_check_run_dir(config) if here else ()),
@@ -164,6 +176,8 @@ def longest_response(config: Config) -> tuple[str, int]:
     """The field that decides the longest text the run produces (sft: learns from, prompt included), and its tokens."""
     if config.stage.loop not in GENERATING_LOOPS:
         return "sft.max_length", config.sft.max_length
+    if config.stage.loop is Loop.evaluate:
+        return "benchmark.max_tokens", config.benchmark.max_tokens
     if config.data.eval is not None and (config.evaluate.max_tokens or 0) > most_tokens(config)[1]:
         return "evaluate.max_tokens", config.evaluate.max_tokens or 0
     return most_tokens(config)

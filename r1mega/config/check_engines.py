@@ -33,7 +33,7 @@ def check_engines(config: Config, *, here: bool = True) -> Iterator[Fault]:
         yield from _check_streaming(config)
     if config.rollout.engine is EngineKind.embedded:
         world = config.parallel.world_size
-        if config.rollout.engines > world >= 1:
+        if config.stage.loop is not Loop.evaluate and config.rollout.engines > world >= 1:
             remedy = f"use at most {world}, or a larger layout"
             constraint = f"must be at most the {world} training processes that can host an engine"
             yield Fault("rollout.engines", str(config.rollout.engines), constraint, remedy)
@@ -87,6 +87,8 @@ def _check_servers(config: Config, here: bool) -> Iterator[Fault]:
     yield from _check_places(config, here)
     yield from _check_groups(config)
     longest = config.data.max_prompt_tokens + most_tokens(config)[1]
+    if config.stage.loop is Loop.evaluate:
+        longest = config.benchmark.max_prompt_tokens + config.benchmark.max_tokens
     cached = sglang.cached_tokens(config.device.type)
     if cached is not None and 1 <= cached < longest:
         constraint = f"must hold the longest prompt and response, {longest} tokens"

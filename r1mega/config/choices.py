@@ -7,7 +7,7 @@ from enum import StrEnum
 # OmegaConf reads an enum by member name and writes it by member name, so every member is named as its value.
 Loop = StrEnum("Loop", ["rl", "sft", "reject", "reward_model", "evaluate"])
 # Those that can be trained or run; a stage of another one composes, is planned, and is refused when it is started.
-EXISTING_LOOPS = frozenset({Loop.rl, Loop.sft})
+EXISTING_LOOPS = frozenset({Loop.rl, Loop.sft, Loop.evaluate})
 # Those that ask engines for text.
 GENERATING_LOOPS = frozenset({Loop.rl, Loop.reject, Loop.evaluate})
 Init = StrEnum("Init", ["load", "random"])
@@ -31,5 +31,6 @@ Transport = StrEnum("Transport", ["disk", "ipc", "gloo", "nccl"])
 RouterPolicy = StrEnum("RouterPolicy", ["cache_aware", "power_of_two", "round_robin", "random"])
 KvCacheDtype = StrEnum("KvCacheDtype", ["auto", "bf16", "fp8_e4m3", "fp8_e5m2"])
 MoeA2aBackend = StrEnum("MoeA2aBackend", ["none", "deepep"])
+GraderName = StrEnum("GraderName", ["math", "choice", "drop", "code", "none", "judge", "harness"])
 Scheduler = StrEnum("Scheduler", ["local", "slurm"])
 PlanFormat = StrEnum("PlanFormat", ["table", "json"])

@@ -36,6 +36,8 @@ def decisive(config: Config) -> dict[str, Any]:
 
     A run may be made longer, where its learning rate does not depend on its length.
     """
+    if config.stage.loop is Loop.evaluate:
+        return _of_evaluation(config)
     listed = {section: tuple(field.name for field in fields(getattr(config, section))) for section in _SECTIONS}
     mine = "sft" if config.stage.loop is Loop.sft else "algo"
     may_grow = {"sft.updates", "algo.updates"}
@@ -50,6 +52,19 @@ def decisive(config: Config) -> dict[str, Any]:
         path: value.value if isinstance(value, Enum) else value
         for path, value in values.items()
         if path not in may_grow | _INDIFFERENT
+    }
+
+
+def _of_evaluation(config: Config) -> dict[str, Any]:
+    """What decides the samples of an evaluation. Where they are read from does not: the content is compared."""
+    sections = {"model": config.model, "precision": config.precision, "benchmark": config.benchmark}
+    values = {
+        f"{name}.{field.name}": getattr(part, field.name) for name, part in sections.items() for field in fields(part)
+    }
+    values |= {"run.seed": config.run.seed, "stage.loop": config.stage.loop, "rollout.engine": config.rollout.engine}
+    free = {"benchmark.data", "benchmark.plot"}
+    return {
+        path: value.value if isinstance(value, Enum) else value for path, value in values.items() if path not in free
     }
 
 

@@ -29,6 +29,7 @@ from r1mega.config.choices import (
     Verify,
     WandbMode,
 )
+from r1mega.config.schema_benchmark import BenchmarkConfig
 from r1mega.config.schema_cluster import ClusterConfig
 from r1mega.config.schema_plan import PlanConfig
 from r1mega.config.schema_reward import RewardConfig
@@ -59,7 +60,7 @@ class RunConfig:
 class StageConfig:
     loop: Loop = MISSING
     """Which loop runs: `rl` (GRPO), `sft` (supervised fine-tuning), `reject` (rejection sampling), `reward_model` or
-    `evaluate`."""
+    `evaluate` (a benchmark; r1mega evaluate)."""
     name: str | None = None
     """Which stage of a recipe this is, for people; null: none of them."""
 
@@ -340,3 +341,4 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)

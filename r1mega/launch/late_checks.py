@@ -118,12 +118,13 @@ def release(version: str) -> list[str]:
 
 def check_tensors(config: Config) -> list[str]:
     """The checkpoint holds every tensor of the model's table, in its shape, and no others."""
-    from r1mega.conversion.megatron_source import MegatronSource
     from r1mega.models.tables import slots_of
 
     if config.model.init is not Init.load:
         return []
     if checkpoint_files.is_megatron(Path(config.model.hf)):
+        from r1mega.conversion.megatron_source import MegatronSource  # torch's checkpoints take seconds to import
+
         MegatronSource(config.model.hf)
         return []
     drops = config.model.mtp is Mtp.drop

@@ -28,6 +28,8 @@ def run(config: Config) -> int:
     """
     if config.cluster.scheduler is not Scheduler.local:
         preflight.require(config, also=[_starts_elsewhere(config)])
+    if config.stage.loop is Loop.evaluate:
+        return evaluate(config)
     preflight.require(config)
     resume.prepare(config)
     config_path = rundir.create(config)
@@ -42,6 +44,19 @@ def _starts_elsewhere(config: Config) -> Fault:
     """The fault of a run that is to be a job: its hundreds of processes must not start on a login node."""
     constraint = "r1mega train starts all processes on this machine"
     return Fault("cluster.scheduler", str(config.cluster.scheduler), constraint, "submit the run, or use cluster=local")
+
+
+def evaluate(config: Config) -> int:
+    """Evaluate a model on a benchmark, or go on with that; returns as `run`.
+
+    Raises ConfigError before anything is written or started when the configuration has faults.
+    """
+    from r1mega.launch import evaluation
+
+    config_path = evaluation.prepare(config)
+    log_dir = config_path.parent / rundir.LOG_DIR
+    size = evaluation.wire_evaluate.world_size(config)
+    return _run_workers(config, config_path, log_dir, fleet=evaluation.fleet(config, log_dir), world_size=size)
 
 
 def replay(run_dir: Path, round_number: int, update: int) -> int:
@@ -61,14 +76,19 @@ def replay(run_dir: Path, round_number: int, update: int) -> int:
 
 
 def _run_workers(
-    config: Config, config_path: Path, log_dir: Path, *options: str, fleet: EngineFleet | None = None
+    config: Config,
+    config_path: Path,
+    log_dir: Path,
+    *options: str,
+    fleet: EngineFleet | None = None,
+    world_size: int | None = None,
 ) -> int:
     argv = [sys.executable, "-m", WORKER, "--config", str(config_path), *options]
     env = worker_env(config.device.type, config.device.threads)
-    ask = None if options else partial(stop.ask, config.run.dir)  # a replay has nothing to save
-    result = supervise.run_world(
-        argv, config.parallel.world_size, log_dir=log_dir, env=env, beside=fleet, ask_to_stop=ask
-    )
+    # A replay has nothing to save, and an evaluation keeps every sample as it goes.
+    ask = None if options or world_size else partial(stop.ask, config.run.dir)
+    ranks = world_size or config.parallel.world_size
+    result = supervise.run_world(argv, ranks, log_dir=log_dir, env=env, beside=fleet, ask_to_stop=ask)
     if result.message:
         print(f"r1mega: {result.message}", file=sys.stderr)
     return result.exit_code

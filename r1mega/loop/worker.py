@@ -38,7 +38,11 @@ def main() -> None:
         replay.main(config, int(round_number), int(update), args.out)
         return
     try:
-        if config.stage.loop is Loop.sft:
+        if config.stage.loop is Loop.evaluate:
+            from r1mega.loop import evaluate
+
+            evaluate.main(config)
+        elif config.stage.loop is Loop.sft:
             from r1mega.loop import sft
 
             sft.main(config)

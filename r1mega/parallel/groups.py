@@ -91,6 +91,20 @@ def _meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     return store
 
 
+def meet(*, timeout_minutes: float) -> dist.ProcessGroup:
+    """Join the world as `initialize` does, for processes that exchange objects and nothing else: gloo, and no cut.
+
+    Megatron is not needed. `part` leaves it.
+    """
+    dist.init_process_group("gloo", timeout=timedelta(minutes=timeout_minutes))
+    return dist.group.WORLD
+
+
+def part() -> None:
+    """Leave a world that `meet` joined."""
+    dist.destroy_process_group()
+
+
 def imagine(layout: Layout, rank: int) -> Groups:
     """What `initialize` gives this rank of a world of any size, in one process and with nobody to talk to.
 

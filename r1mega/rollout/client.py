@@ -120,14 +120,17 @@ class EngineClient:
         params: SamplingParams,
         max_tokens: int,
         choices: ExpertChoices | None = None,
+        *,
+        seed: int | None = None,
     ) -> Answer:
         """One response to one prompt. How long it may take is for who watches the server to say, not for this call.
 
-        With `choices`, the shape of the model's, the answer says which experts the tokens were sent to.
+        With `choices`, the shape of the model's, the answer says which experts the tokens were sent to. `seed`, which
+        the server has a use for in its deterministic mode alone, is this one sequence's.
         """
         body = {
             "input_ids": list(token_ids),
-            "sampling_params": sampling_params(params, max_tokens),
+            "sampling_params": sampling_params(params, max_tokens) | ({} if seed is None else {"sampling_seed": seed}),
             "return_logprob": True,
             "return_routed_experts": choices is not None,
         }

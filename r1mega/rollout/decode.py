@@ -175,7 +175,9 @@ class DecodeRun:
         rows = slice(len(self._rows), len(self._rows) + count)
         lanes = [self._free_lanes.pop() for _ in range(count)]
         if self._uniforms is not None:
-            uniforms = draw_uniforms(self._seed, position, waiting.request.num_samples, self._width)
+            own = waiting.request.seed
+            key = (self._seed, position) if own is None else (own, 0)
+            uniforms = draw_uniforms(*key, waiting.request.num_samples, self._width)
             self._uniforms[lanes] = uniforms[taken : taken + count].to(self._device)
         first, offset = self._clock - 1, length - self._clock
         self._rows += [_Row(position, taken + i, lane, offset, first) for i, lane in enumerate(lanes)]

@@ -31,7 +31,8 @@ class EmbeddedEngine:
     """`r1mega.types.Engine` with a transformers model of the families in `FAMILIES`.
 
     For a given seed the samples of a request depend on its position in the list and its prompt, up to rounding: the
-    batch they run in does not change what they draw.
+    batch they run in does not change what they draw. The sample of a request of one, with a seed of its own, depends on
+    that and the prompt alone.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
+from r1mega.parallel.seed import derive
 from r1mega.rollout.client import HEALTH_SECONDS, EngineClient
 from r1mega.rollout.server_pool import ATTEMPTS, DueWeights, EnginesLost, Server, ServerPool
 from r1mega.types import (
@@ -41,6 +42,7 @@ class _Job:
     index: int
     token_ids: tuple[int, ...]
     max_tokens: int
+    seed: int | None
 
 
 class SglangEngines:
@@ -113,6 +115,19 @@ class SglangEngines:
             pool.floor = version
 
         self.run(load)
+
+    def started_from_disk(self, directory: str, version: int) -> None:
+        """The servers load a checkpoint directory as they start. Waits until all of them have.
+
+        Raises EnginesLost where one is not there within the patience.
+        """
+        self._due = DueWeights(version, directory)
+
+        async def wait(pool: ServerPool) -> None:
+            await pool.wait_until_ready()
+            pool.floor = version
+
+        self.run(wait)
 
     def begin_update(self) -> None:
         """Wait until every server answers, and make it ready for weights in several calls.
@@ -223,7 +238,9 @@ class SglangEngines:
         async def work(pool: ServerPool) -> None:
             for job in jobs:  # shared by all: each takes the next one
                 answer = await pool.answer(
-                    lambda client, job=job: client.generate(job.token_ids, params, job.max_tokens, choices)
+                    lambda client, job=job: client.generate(
+                        job.token_ids, params, job.max_tokens, choices, seed=job.seed
+                    )
                 )
                 completion = answer.completion(job.key, job.index)
                 assert (job.position, job.index) not in done
@@ -299,7 +316,8 @@ class SglangEngines:
 def _jobs(requests: Sequence[Request], max_tokens: int) -> Iterator[_Job]:
     for position, request in enumerate(requests):
         for index in range(request.num_samples):
-            yield _Job(position, request.key, index, request.token_ids, max_tokens)
+            seed = None if request.seed is None else derive(request.seed, index)
+            yield _Job(position, request.key, index, request.token_ids, max_tokens, seed)
 
 
 def _first(errors: BaseExceptionGroup) -> BaseException:

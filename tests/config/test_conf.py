@@ -29,6 +29,7 @@ GPU = ("device", "cuda_te")
 COMPANIONS = {
     ("data", "sft"): [("stage", "sft")],
     **{("stage", name): [("data", "sft")] for name in ("sft", "cold_start_sft", "sft_800k", "distill")},
+    ("stage", "evaluate"): [("benchmark", "file")],
     **{("sft", name): [*SFT, V3] for name in options()["sft"]},
     **{("parallel", name): [V3] for name in options()["parallel"] if "ep32" in name or "ep64" in name or "ep8" in name},
     ("parallel", "tp2_cp4"): [("model", "r1_distill_qwen_1_5b")],
@@ -62,9 +63,13 @@ def faults_of(config: Config, inputs) -> list[str]:
     data = replace(config.data, train=str(train), eval=str(inputs.qa) if config.data.eval else None)
     model = replace(config.model, hf=str(inputs.model))
     run, sglang = replace(config.run, dir=str(inputs.run)), replace(config.sglang, python=sys.executable)
+    benchmark = replace(config.benchmark, data=str(inputs.qa))
+    if config.stage.loop == "evaluate":
+        benchmark = replace(benchmark, max_tokens=1024)  # the model at hand reads no more
     here = config.model.card is None and config.device.type is DeviceType.cpu
     # A cluster on its own says nothing about the layout that fills it: test_pairs.py puts them together.
-    return preflight.find(replace(config, data=data, model=model, run=run, sglang=sglang), here=here)
+    sound = replace(config, data=data, model=model, run=run, sglang=sglang, benchmark=benchmark)
+    return preflight.find(sound, here=here)
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=[f"{group}={name}" for group, name in OPTIONS])

@@ -191,6 +191,20 @@ def test_seed_decides_the_samples(family: Family) -> None:
     assert len({tuple(c.token_ids) for c in one}) == len(one)  # also for the two requests of the same prompt
 
 
+def test_a_request_with_a_seed_of_its_own_draws_the_same_in_any_company(qwen2: Family) -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=12)
+    own = [Request(i, PROMPTS[i % len(PROMPTS)], seed=1000 + i) for i in range(6)]
+    engine = qwen2.engine(max_batch=4)
+    together = {c.key: c.token_ids for c in engine.generate(own, params)}
+    backwards = {c.key: c.token_ids for c in qwen2.engine().generate(own[::-1], params)}
+    assert backwards == together
+    longer = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=20, seed=3)
+    alone = [engine.generate([request], longer)[0].token_ids[:12] for request in own]
+    assert alone == [together[i] for i in range(6)]
+    others = engine.generate([Request(0, own[0].token_ids, seed=7)], params)
+    assert others[0].token_ids != together[0]
+
+
 def test_without_a_seed_calls_differ(qwen2: Family) -> None:
     engine = qwen2.engine()
     assert not _same(*(engine.generate(_requests(4), SamplingParams(max_tokens=16)) for _ in range(2)))

@@ -56,6 +56,36 @@ def expected(count: int, num_samples: int = 1) -> list[Completion]:
     ]
 
 
+def test_a_seed_of_a_request_is_sent_and_one_of_the_call_is_not() -> None:
+    fake = FakeServers(1)
+    seeds = []
+
+    def told(server: FakeServer, body: dict) -> dict:
+        seeds.append(body["sampling_params"].get("sampling_seed"))
+        return answer(body, server.version)
+
+    fake.answer = told
+    found = engines(fake)
+    found.generate([Request(0, (1, 7), seed=5), Request(1, (2, 7), num_samples=2, seed=5), Request(2, (3, 7))], PARAMS)
+    assert len(seeds) == 4 and seeds.count(None) == 1
+    assert len(set(seeds)) == 3  # two samples of a request differ, and so do not two requests of one seed
+    seeds.clear()
+    found.generate(requests(2), SamplingParams(max_tokens=2, seed=5))
+    assert seeds == [None, None]  # every sample of a prompt would else be the same
+
+
+def test_servers_that_loaded_the_weights_as_they_started_load_nothing_more() -> None:
+    fake = FakeServers(2, version="0")
+    found = engines(fake, version=None)
+    found.started_from_disk("/weights/0", 0)
+    assert [c.weight_version for c in found.generate(requests(3), PARAMS)] == [0, 0, 0]
+    assert not any(server.loads for server in fake.servers)
+    fake.servers[0].version = "none"  # started again without them: it is given them
+    fake.servers[1].is_up = False
+    assert len(found.generate(requests(2), PARAMS)) == 2
+    assert fake.servers[0].loads == [("/weights/0", "0")]
+
+
 def test_every_sequence_comes_back_once_in_order() -> None:
     fake = FakeServers(3)
     seen: list[Completion] = []

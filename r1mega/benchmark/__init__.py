@@ -1,0 +1,1 @@
+"""Benchmarks as the papers run them: rows, prompts, graders, estimates, reference numbers, reports. No torch."""
