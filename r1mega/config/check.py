@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterator
 from pathlib import Path
 
+from r1mega.config import check_reward_model
 from r1mega.config.check_engines import check_engines
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
 from r1mega.config.choices import DataFormat, DeviceType, Dispatcher, Init, LayerSpec, Loop, Mtp, ParamDtype, Recompute
@@ -96,6 +97,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("export.every", ((">=", 0),)),
     ("cluster.nodes", ((">=", 1),)),
     ("cluster.gpus_per_node", ((">=", 1),)),
+    *check_reward_model.BOUNDS,
     *(
         (f"cluster.{name}", ((">", 0),))
         for name in (
@@ -127,6 +129,8 @@ def check(config: Config) -> list[Fault]:
         *check_engines(config),
         *_check_data(config),
         *_check_rewards(config),
+        *check_reward_model.check_reward_model(config),
+        *check_reward_model.check_models_asked(config),
         *_check_optim(config),
         *_check_lengths(config),
         *_check_memory(config),
@@ -141,6 +145,8 @@ def longest_response(config: Config) -> tuple[str, int]:
     """The field that decides the longest text the run produces (sft: learns from, prompt included), and its tokens."""
     if config.stage.loop is Loop.sft:
         return "sft.max_length", config.sft.max_length
+    if config.stage.loop is Loop.reward_model:
+        return "reward_model.max_length", config.reward_model.max_length
     if config.data.eval is not None and (config.evaluate.max_tokens or 0) > config.rollout.max_tokens:
         return "evaluate.max_tokens", config.evaluate.max_tokens or 0
     return "rollout.max_tokens", config.rollout.max_tokens
@@ -265,8 +271,8 @@ def _check_saving(config: Config) -> Iterator[Fault]:
 
 def _check_data(config: Config) -> Iterator[Fault]:
     data, loop = config.data, config.stage.loop
-    wanted = DataFormat.qa if loop is Loop.rl else DataFormat.sft
-    if data.format is not wanted:
+    wanted = {Loop.rl: DataFormat.qa, Loop.sft: DataFormat.sft}.get(loop)
+    if wanted is not None and data.format is not wanted:
         remedy = f"use data={wanted.value}, or stage={'sft' if loop is Loop.rl else 'rl'}"
         yield Fault("data.format", data.format.value, f"stage.loop={loop.value} reads {wanted.value} rows", remedy)
     if not data.train:
@@ -283,9 +289,9 @@ def _check_rewards(config: Config) -> Iterator[Fault]:
 
 def _check_optim(config: Config) -> Iterator[Fault]:
     optim = config.optim
-    updates, field = (
-        (config.algo.updates, "algo.updates") if config.stage.loop is Loop.rl else (config.sft.updates, "sft.updates")
-    )
+    # The updates of a reward model follow from its rows, which are counted later.
+    totals = {Loop.rl: ("algo.updates", config.algo.updates), Loop.sft: ("sft.updates", config.sft.updates)}
+    field, updates = totals.get(config.stage.loop, ("", optim.warmup_updates))
     if optim.min_lr > optim.lr:
         constraint = f"must be at most optim.lr={optim.lr}"
         yield Fault("optim.min_lr", str(optim.min_lr), constraint, "lower optim.min_lr or raise optim.lr")
@@ -296,6 +302,8 @@ def _check_optim(config: Config) -> Iterator[Fault]:
 
 def _check_batch(config: Config) -> Iterator[Fault]:
     algo, dp = config.algo, config.parallel.dp
+    if config.stage.loop is Loop.reward_model:
+        return
     if config.stage.loop is Loop.sft:
         if config.sft.batch_size < dp:
             constraint = f"must be at least parallel.dp={dp}: each replica needs a sequence"
@@ -325,6 +333,8 @@ def _check_batch(config: Config) -> Iterator[Fault]:
 def _check_lengths(config: Config) -> Iterator[Fault]:
     """The longest sequence must fit one micro-batch. (Evaluation only generates, so its length does not count here.)"""
     sft, data, rollout = config.sft, config.data, config.rollout
+    if config.stage.loop is Loop.reward_model:
+        return
     if config.stage.loop is Loop.sft:
         section, field, got, longest = "sft", "sft.max_length", str(sft.max_length), sft.max_length
         limit = sft.max_tokens_per_micro_batch

@@ -5,13 +5,13 @@ from __future__ import annotations
 from enum import StrEnum
 
 # OmegaConf reads an enum by member name and writes it by member name, so every member is named as its value.
-Loop = StrEnum("Loop", ["rl", "sft"])
+Loop = StrEnum("Loop", ["rl", "sft", "reward_model"])
 Init = StrEnum("Init", ["load", "random"])
 ParamDtype = StrEnum("ParamDtype", ["fp32", "bf16"])
 EngineDtype = StrEnum("EngineDtype", ["fp32", "bf16", "fp8"])
 DeviceType = StrEnum("DeviceType", ["cpu", "cuda"])
 LayerSpec = StrEnum("LayerSpec", ["torch", "te"])
-DataFormat = StrEnum("DataFormat", ["qa", "sft"])
+DataFormat = StrEnum("DataFormat", ["qa", "sft", "pairs", "labels"])
 Template = StrEnum("Template", ["r1_zero", "plain", "chat"])
 EngineKind = StrEnum("EngineKind", ["embedded", "sglang"])
 RatioLevel = StrEnum("RatioLevel", ["token", "sequence"])

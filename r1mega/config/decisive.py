@@ -12,14 +12,14 @@ from r1mega.config.choices import Loop, Schedule
 from r1mega.config.schema import Config
 
 # Whole sections, and fields of others. All else (layout, logs, checkpoints, evaluation ...) may change on resuming.
-_SECTIONS = ("stage", "model", "precision", "reward", "algo", "sft", "optim")
+_SECTIONS = ("stage", "model", "precision", "reward", "algo", "sft", "reward_model", "optim")
 _FIELDS = {
     "run": ("seed",),
     "data": ("train", "format", "question_key", "answer_key", "template", "max_prompt_tokens", "shuffle"),
     "rollout": ("temperature", "top_p", "max_tokens", "stop", "over_sampling", "carry_partial", "max_staleness"),
 }
 # Within those sections: numbers that change no result but where rounding does.
-_INDIFFERENT = {"algo.max_tokens_per_micro_batch", "sft.max_tokens_per_micro_batch"}
+_INDIFFERENT = {f"{section}.max_tokens_per_micro_batch" for section in ("algo", "sft", "reward_model")}
 
 
 def decisive(config: Config) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from r1mega.config import checkpoint_files
 from r1mega.config.check import longest_response
 from r1mega.config.choices import EngineKind, Init, Loop, Mtp
 from r1mega.config.schema import Config
+from r1mega.data.preference import READERS, tokenize_preferences
 from r1mega.data.prompts import read_qa, tokenize_prompts
 from r1mega.data.sft import read_sft, tokenize_sft
 from r1mega.models import hf_fields
@@ -30,6 +31,14 @@ def check_tokens(config: Config) -> list[str]:
     if config.stage.loop is Loop.sft:
         examples = tokenize_sft(read_sft(data.train), tokenizer, template, config.sft.max_length)
         return _check_vocabulary((example.token_ids for example in examples), fields)
+    if config.stage.loop is Loop.reward_model:
+        limit = config.reward_model.max_length
+        read = READERS[str(data.format)]
+        found = [
+            tokenize_preferences(read(path), tokenizer, template, limit) for path in (data.train, data.eval) if path
+        ]
+        sequences = (sequence.token_ids for part in found for example in part for sequence in example.sequences)
+        return _check_vocabulary(sequences, fields)
     faults = []
     for path in (data.train, data.eval):
         if path is not None:
@@ -94,18 +103,26 @@ def check_tensors(config: Config) -> list[str]:
     """The checkpoint holds every tensor of the model's table, in its shape, and no others."""
     from r1mega.conversion.megatron_source import MegatronSource
     from r1mega.models.tables import slots_of
+    from r1mega.models.tables.common import SCORE
 
     if config.model.init is not Init.load:
         return []
     if checkpoint_files.is_megatron(Path(config.model.hf)):
         MegatronSource(config.model.hf)
         return []
-    drops = config.model.mtp is Mtp.drop
+    scores = config.stage.loop is Loop.reward_model
+    drops = config.model.mtp is Mtp.drop or scores
     fields = hf_fields.read(config.model.hf, drop_mtp=drops)
+    is_base = scores and not fields.has_score
+    if scores:
+        fields = fields.as_reward_model()
     expected = {tensor.name: tensor.shape for slot in slots_of(fields) for tensor in (*slot.tensors, *slot.aliases)}
     found = checkpoint_files.tensor_shapes(fields.path.parent)
     if drops:
         found = {name: shape for name, shape in found.items() if layer_of(name) < fields["num_hidden_layers"]}
+    if is_base:
+        del expected[SCORE]  # made anew
+        found.pop("lm_head.weight", None)
     if fields["tie_word_embeddings"]:
         found.pop("lm_head.weight", None)  # some writers store the tied table twice
     faults = []

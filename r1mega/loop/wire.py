@@ -13,6 +13,7 @@ from r1mega.algo.lr import learning_rate
 from r1mega.config.checkpoint_files import is_megatron
 from r1mega.config.choices import Init, Loop, Mtp
 from r1mega.config.schema import Config
+from r1mega.data.preference import READERS, PreferenceExample, PreferenceSource, tokenize_preferences
 from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
 from r1mega.data.sft import SftSource, read_sft, tokenize_sft
 from r1mega.loop.checkpoints import Checkpoints, read_pending, restore
@@ -26,6 +27,7 @@ from r1mega.metrics.memory import PhaseMemory
 from r1mega.metrics.timer import PhaseTimer
 from r1mega.models import hf_fields
 from r1mega.models.hf_fields import HfFields
+from r1mega.models.hf_score import classifier_changes
 from r1mega.parallel import groups as process_groups
 from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from r1mega.models.hf_config import ModelOptions
     from r1mega.rollout.collector import Collector, Lockstep, Streamed
     from r1mega.train.policy import MegatronPolicy
     from r1mega.weights.probe import PublishProbe
@@ -109,6 +112,20 @@ class RlRun(Run):
 
 
 @dataclass
+class RewardModelRun(Run):
+    """What the training of a reward model has besides; its `policy` is a MegatronRewardModel."""
+
+    examples: PreferenceSource | None = None
+    num_examples: int = 0
+    held_out: list[PreferenceExample] = field(default_factory=list)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return reward_model_updates(self.config, self.num_examples)
+
+
+@dataclass
 class SftRun(Run):
     """What the SFT loop has besides."""
 
@@ -118,7 +135,8 @@ class SftRun(Run):
 @contextmanager
 def wire_rl(config: Config) -> Iterator[RlRun]:
     """The RL loop's objects on this rank; all of them are closed at the end, however it comes."""
-    with _wire(config, RlRun, temperature=config.rollout.temperature) as run:
+    total = config.algo.updates
+    with _wire(config, RlRun, temperature=config.rollout.temperature, total_updates=total) as run:
         from r1mega.rollout.collector import Collector
 
         data, reward = config.data, config.reward
@@ -168,13 +186,34 @@ def wire_replay(config: Config) -> Iterator[RlRun]:
 @contextmanager
 def wire_sft(config: Config) -> Iterator[SftRun]:
     """The SFT loop's objects on this rank."""
-    with _wire(config, SftRun) as run:
+    with _wire(config, SftRun, total_updates=config.sft.updates) as run:
         rows = read_sft(config.data.train)
         examples = tokenize_sft(rows, run.tokenizer, str(config.data.template), config.sft.max_length)
         run.examples = SftSource(examples, config.run.seed, config.data.shuffle)
         if run.is_resumed:
             restore(config, run.groups, run.policy, run.state, run.examples, ())
         yield run
+
+
+@contextmanager
+def wire_reward_model(config: Config) -> Iterator[RewardModelRun]:
+    """The objects of the training of a reward model on this rank."""
+    data, read = config.data, READERS[str(config.data.format)]
+    rows = read(data.train)
+    with _wire(config, RewardModelRun, total_updates=reward_model_updates(config, len(rows))) as run:
+        limit, template = config.reward_model.max_length, str(data.template)
+        examples = tokenize_preferences(rows, run.tokenizer, template, limit)
+        run.examples, run.num_examples = PreferenceSource(examples, config.run.seed, data.shuffle), len(examples)
+        if data.eval is not None:
+            run.held_out = tokenize_preferences(read(data.eval)[: data.eval_limit], run.tokenizer, template, limit)
+        if run.is_resumed:
+            restore(config, run.groups, run.policy, run.state, run.examples, ())
+        yield run
+
+
+def reward_model_updates(config: Config, num_rows: int) -> int:
+    """Optimizer steps that see every row `reward_model.epochs` times; the last one takes what is left."""
+    return -(-num_rows * config.reward_model.epochs // config.reward_model.batch_size)
 
 
 def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -209,6 +248,8 @@ def export(policy: MegatronPolicy, fields: HfFields, config: Config, name: str, 
         tokenizer = Path(config.model.tokenizer) if config.model.tokenizer else None
         # What was left out of the model must not be promised by its config.json.
         changes = {"num_nextn_predict_layers": 0} if config.model.mtp is Mtp.drop and fields.is_moe else {}
+        if fields.has_score:
+            changes |= classifier_changes(fields.family)
         writer = CheckpointWriter(
             path, source=fields.path.parent, dtypes=dtypes, tokenizer=tokenizer, config_changes=changes
         )
@@ -220,7 +261,9 @@ def export(policy: MegatronPolicy, fields: HfFields, config: Config, name: str, 
 
 
 @contextmanager
-def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = True) -> Iterator[Run]:
+def _wire(
+    config: Config, kind: type, *, temperature: float = 1.0, logs: bool = True, total_updates: int = 0
+) -> Iterator[Run]:
     optim = config.optim
     layout = Layout.of(**config.parallel.sizes())
     groups = process_groups.initialize(
@@ -233,10 +276,19 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
     # Megatron may be imported only now: the device bridge is laid.
     from r1mega.train.optimizer import AdamSettings
     from r1mega.train.policy import MegatronPolicy
+    from r1mega.train.reward_model import MegatronRewardModel
 
+    scores = config.stage.loop is Loop.reward_model
     fields = hf_fields.read(config.model.hf, drop_mtp=config.model.mtp is Mtp.drop)
+    if scores:
+        fields = fields.as_reward_model()
     log = RunLog(
-        config, enabled=logs and groups.rank == 0, model=fields.family, layout=str(layout), world_size=layout.world_size
+        config,
+        enabled=logs and groups.rank == 0,
+        model=fields.family,
+        layout=str(layout),
+        world_size=layout.world_size,
+        total_updates=total_updates,
     )
     try:
         adam = AdamSettings(
@@ -250,7 +302,8 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
             overlap_grad_reduce=config.parallel.overlap_grad_reduce,
             overlap_param_gather=config.parallel.overlap_param_gather,
         )
-        policy = MegatronPolicy(fields, groups, _model_options(config), adam, temperature=temperature)
+        policy_kind = MegatronRewardModel if scores else MegatronPolicy
+        policy = policy_kind(fields, groups, model_options(config), adam, temperature=temperature)
         policy.logprob_chunk_tokens = config.memory.logprob_chunk_tokens
         policy.trains_trunk_further = config.stage.loop is Loop.sft
         if config.run.resume_from is None:
@@ -268,14 +321,15 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
 def _load(policy: MegatronPolicy, fields: HfFields, config: Config) -> None:
     """Fill the weights from what model.init and model.hf say. Collective."""
     from r1mega.models.hf_io import CheckpointReader, RandomWeights
+    from r1mega.train.reward_model import WithNewHead
 
-    path = Path(config.model.hf)
+    path, fresh = Path(config.model.hf), RandomWeights(fields, config.run.seed)
     if config.model.init is Init.random:
-        policy.load(RandomWeights(fields, config.run.seed))
+        policy.load(fresh)
     elif is_megatron(path):
         policy.load_distributed(path / "model")
     else:
-        policy.load(CheckpointReader(path))
+        policy.load(WithNewHead(CheckpointReader(path), fresh) if fields.has_score else CheckpointReader(path))
 
 
 def _stored_dtypes(config: Config) -> dict[str, torch.dtype]:
@@ -289,7 +343,8 @@ def _stored_dtypes(config: Config) -> dict[str, torch.dtype]:
     return MegatronSource(path).dtypes() if is_megatron(path) else CheckpointReader(path).dtypes()
 
 
-def _model_options(config: Config):
+def model_options(config: Config) -> ModelOptions:
+    """What the run chooses about its model."""
     from r1mega.models.hf_config import ModelOptions
 
     model, memory = config.model, config.memory

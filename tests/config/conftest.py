@@ -37,6 +37,10 @@ class Inputs:
         self.qa.write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": "2+2?", "answer": 4}\n')
         self.sft = place / "sft.jsonl"
         self.sft.write_text('{"prompt": "1+1?", "response": "2"}\n')
+        self.pairs = place / "pairs.jsonl"
+        self.pairs.write_text('{"prompt": "1+1?", "chosen": "2", "rejected": "3"}\n')
+        self.labels = place / "labels.jsonl"
+        self.labels.write_text('{"prompt": "1+1?", "response": "2", "label": "safe"}\n')
         self.run = place / "run"
 
     def write_model(self, **changes: object) -> None:

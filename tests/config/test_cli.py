@@ -59,7 +59,7 @@ def test_help_lists_options_and_fields(capsys: pytest.CaptureFixture[str]) -> No
     text = capsys.readouterr().out
     assert "experiment=toy " in text
     assert "algo.group_size  int  [16]" in text
-    assert "stage.loop  rl|sft  [-]" in text
+    assert "stage.loop  rl|sft|reward_model  [-]" in text
 
 
 def test_help_into_a_reader_that_stops_reading() -> None:

@@ -22,7 +22,14 @@ from r1mega.launch import preflight
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 OPTIONS = [(group, name) for group, names in options().items() for name in names]
 # The option of another group without which an option makes no sense.
-COMPANIONS = {("stage", "sft"): ["data=sft"], ("data", "sft"): ["stage=sft"]}
+COMPANIONS = {
+    ("stage", "sft"): ["data=sft"],
+    ("data", "sft"): ["stage=sft"],
+    ("stage", "reward_model_helpful"): ["data=pairs"],
+    ("stage", "reward_model_safety"): ["data=labels"],
+    ("data", "pairs"): ["stage=reward_model_helpful"],
+    ("data", "labels"): ["stage=reward_model_safety"],
+}
 # Options that a machine without a GPU refuses, and what every fault then names.
 REFUSED = {("precision", "fp8"): "precision.fp8"}
 
@@ -45,7 +52,7 @@ def test_every_option_resolves_to_its_snapshot_and_passes_the_checks(
     whole = OmegaConf.structured(config)
     compare(f"{group}.{name}", OmegaConf.to_yaml(whole if group == "experiment" else whole[group]))
     # Sound input in the place of the files that the option names, or that the user must give.
-    train = inputs.sft if config.data.format == "sft" else inputs.qa
+    train = getattr(inputs, str(config.data.format))
     data = replace(config.data, train=str(train), eval=str(inputs.qa) if config.data.eval else None)
     model = replace(config.model, hf=str(inputs.model))
     run, sglang = replace(config.run, dir=str(inputs.run)), replace(config.sglang, python=sys.executable)

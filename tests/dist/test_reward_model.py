@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity.mtp_reference import split_experts
 
+from parity.mtp_reference import split_experts
 from r1mega.algo.preference import pairwise_loss, pointwise_loss
 from r1mega.launch import local
 from r1mega.parallel.layout import Layout
