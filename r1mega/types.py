@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 NamedTensors = Iterator[tuple[str, "torch.Tensor"]]
 
 
+# General questions belong each to one reward model, by its domain (DeepSeek-R1, section 3.1): model -> domain.
+DOMAIN_OF = {"helpful": "helpful", "safety": "harmless"}
+
+
 class FinishReason(StrEnum):
     """Why an engine stopped a sequence."""
 

@@ -131,6 +131,7 @@ def check(config: Config) -> list[Fault]:
         *_check_rewards(config),
         *check_reward_model.check_reward_model(config),
         *check_reward_model.check_models_asked(config),
+        *check_reward_model.check_judge(config),
         *_check_optim(config),
         *_check_lengths(config),
         *_check_memory(config),

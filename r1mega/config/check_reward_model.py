@@ -10,9 +10,15 @@ from r1mega.config.choices import DataFormat, Loop, Mtp
 from r1mega.config.faults import Fault
 from r1mega.config.schema import Config
 
-BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = tuple(
-    (f"reward_model.{name}", ((">=", 1),))
-    for name in ("batch_size", "epochs", "max_length", "max_tokens_per_micro_batch")
+BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
+    *(
+        (f"reward_model.{name}", ((">=", 1),))
+        for name in ("batch_size", "epochs", "max_length", "max_tokens_per_micro_batch")
+    ),
+    ("reward.judge", ((">=", 0),)),
+    ("reward.judge_seconds", ((">", 0),)),
+    ("reward.judge_attempts", ((">=", 1),)),
+    ("reward.judge_in_flight", ((">=", 1),)),
 )
 MODELS = ("helpful", "safety")
 
@@ -63,3 +69,20 @@ def check_models_asked(config: Config) -> Iterator[Fault]:
             yield Fault(field, path, constraint, remedy)
         else:
             yield from check_weights(Path(path), field)
+
+
+def check_judge(config: Config) -> Iterator[Fault]:
+    """Where the judge has a weight, it has an address."""
+    reward = config.reward
+    if config.stage.loop is not Loop.rl or reward.judge == 0:
+        return
+    if not str(reward.judge_url or "").startswith(("http://", "https://")):
+        got = reward.judge_url or "nothing"
+        constraint = f"reward.judge={reward.judge:g} needs a server, http://HOST:PORT"
+        yield Fault("reward.judge_url", got, constraint, "set reward.judge_url, or reward.judge=0")
+    if not reward.judge_model:
+        constraint = "the server is asked for a model by its name"
+        yield Fault("reward.judge_model", "nothing", constraint, "set reward.judge_model=NAME")
+    if not reward.judge_domains:
+        constraint = "no answer would be judged"
+        yield Fault("reward.judge_domains", "[]", constraint, "name the domains, or set reward.judge=0")

@@ -19,7 +19,9 @@ _FIELDS = {
     "rollout": ("temperature", "top_p", "max_tokens", "stop", "over_sampling", "carry_partial", "max_staleness"),
 }
 # Within those sections: numbers that change no result but where rounding does.
-_INDIFFERENT = {f"{section}.max_tokens_per_micro_batch" for section in ("algo", "sft", "reward_model")}
+_INDIFFERENT = {f"{section}.max_tokens_per_micro_batch" for section in ("algo", "sft", "reward_model")} | {
+    f"reward.judge_{name}" for name in ("url", "seconds", "attempts", "in_flight")
+}
 
 
 def decisive(config: Config) -> dict[str, Any]:

@@ -23,7 +23,15 @@ def read_qa(path: str | Path, question_key: str = "question", answer_key: str = 
     Raises ValueError naming `path:line` for an empty file, a malformed line, or a key that is missing or blank.
     """
     rows = read_rows(path, (question_key, answer_key))
-    return [Prompt(id=f"{path}:{line}", question=row[question_key], answer=row[answer_key]) for line, row in rows]
+    return [
+        Prompt(
+            id=f"{path}:{line}",
+            question=row[question_key],
+            answer=row[answer_key],
+            domain=str(row.get("domain", "math")),
+        )
+        for line, row in rows
+    ]
 
 
 def tokenize_prompts(

@@ -16,7 +16,7 @@ from r1mega.data.sft import read_sft, tokenize_sft
 from r1mega.models import hf_fields
 from r1mega.models.hf_fields import HfFields, layer_of
 from r1mega.rollout.server import ROUTER_VERSION, SGLANG_VERSION
-from r1mega.types import Prompt
+from r1mega.types import DOMAIN_OF, Prompt
 
 _PYTHON_SECONDS = 60.0  # a Python on a cold network disk takes long
 
@@ -46,6 +46,24 @@ def check_tokens(config: Config) -> list[str]:
             prompts = tokenize_prompts(rows, tokenizer, template, data.max_prompt_tokens)
             faults += _check_vocabulary((prompt.token_ids for prompt in prompts), fields)
             faults += _check_positions(prompts, config, fields)
+            faults += _check_general(prompts, config) if path == data.train else []
+    return faults
+
+
+def _check_general(prompts: Sequence[Prompt], config: Config) -> list[str]:
+    """What reward models are to judge is there, and before it begins there is something to ask."""
+    reward, domains = config.reward, {prompt.domain for prompt in prompts}
+    faults = [
+        f"reward.{name}: got {getattr(reward, name):g}; no question of data.train has domain {domain!r}, which that "
+        f'model judges; give rows "domain": "{domain}", or set reward.{name}=0'
+        for name, domain in DOMAIN_OF.items()
+        if getattr(reward, name) and domain not in domains
+    ]
+    if reward.preference_from and domains <= set(DOMAIN_OF.values()):
+        faults.append(
+            f"reward.preference_from: got {reward.preference_from}; all questions of data.train are of domains that "
+            "begin then; set it to 0, or add questions of other domains"
+        )
     return faults
 
 

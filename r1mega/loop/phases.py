@@ -62,6 +62,7 @@ def rollout(run: RlRun) -> None:
     is_last = state.update + config.algo.updates_per_round >= config.algo.updates
     with run.timer.phase("rollout"):
         run.turns.engines()
+        run.prompts.begin(state.update)
         run.rollouts.generate(params, version=state.update, is_last=is_last)
 
 

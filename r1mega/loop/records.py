@@ -61,8 +61,10 @@ def round_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
     }
     if good:
         values["reward/mean"] = sum(sample.reward for sample in good) / len(good)
-        for name in good[0].score.parts:
-            values[f"reward/{name}"] = sum(sample.score.parts[name] for sample in good) / len(good)
+        # Not every reward judges every question: each mean is over those that it judged.
+        for name in dict.fromkeys(name for sample in good for name in sample.score.parts):
+            judged = [sample.score.parts[name] for sample in good if name in sample.score.parts]
+            values[f"reward/{name}"] = sum(judged) / len(judged)
     # Groups whose rewards are all alike teach nothing: their advantages are zero.
     flat = [group for group in groups if len({sample.reward for sample in group.samples}) == 1]
     values["reward/flat_groups"] = len(flat) / len(groups)

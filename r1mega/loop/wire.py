@@ -14,8 +14,9 @@ from r1mega.config.checkpoint_files import is_megatron
 from r1mega.config.choices import Init, Loop, Mtp
 from r1mega.config.schema import Config
 from r1mega.data.preference import READERS, PreferenceExample, PreferenceSource, tokenize_preferences
-from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
+from r1mega.data.prompts import read_qa, tokenize_prompts
 from r1mega.data.sft import SftSource, read_sft, tokenize_sft
+from r1mega.data.windows import WindowedPrompts
 from r1mega.loop.checkpoints import Checkpoints, read_pending, restore
 from r1mega.loop.rounds import UpdateRecord
 from r1mega.loop.runlog import RunLog
@@ -23,6 +24,7 @@ from r1mega.loop.state import RunState
 from r1mega.loop.turns import Turns
 from r1mega.loop.wire_engines import engines_of, memory_figures, probe_of, rollouts_of
 from r1mega.loop.wire_publish import torch_dtype
+from r1mega.loop.wire_reward import judge_of, model_options, reward_models_of
 from r1mega.metrics.memory import PhaseMemory
 from r1mega.metrics.timer import PhaseTimer
 from r1mega.models import hf_fields
@@ -39,9 +41,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from r1mega.models.hf_config import ModelOptions
     from r1mega.rollout.collector import Collector, Lockstep, Streamed
     from r1mega.train.policy import MegatronPolicy
+    from r1mega.train.reward_model import FrozenRewardModel
     from r1mega.weights.probe import PublishProbe
 
 REFERENCE = "reference"
@@ -100,7 +102,8 @@ class RlRun(Run):
     probe: PublishProbe | None = None
     collector: Collector | None = None  # for evaluations
     rollouts: Lockstep | Streamed | None = None
-    prompts: PromptSource | None = None
+    prompts: WindowedPrompts | None = None
+    reward_models: dict[str, FrozenRewardModel] = field(default_factory=dict)  # by their names in `reward`
     held_out: list[Prompt] = field(default_factory=list)
     updates: list[UpdateRecord] = field(default_factory=list)  # of the round at hand
 
@@ -141,26 +144,22 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
 
         data, reward = config.data, config.reward
         prompts = load_prompts(config, data.train, run.tokenizer)
-        run.prompts = PromptSource(prompts, config.run.seed, data.shuffle)
+        run.prompts = WindowedPrompts(prompts, config.run.seed, data.shuffle, reward.preference_from)
+        run.reward_models = reward_models_of(config, run.groups)
         if run.is_resumed:
             restore(config, run.groups, run.policy, run.state, run.prompts, COPIES)
         if data.eval is not None:
             run.held_out = load_prompts(config, data.eval, run.tokenizer)[: data.eval_limit]
         engine, num_speakers, run.publish = engines_of(config, run)
         run.probe = probe_of(config, run, engine, prompts)
-        pool = None
+        pool = judge = scorer = None
         if engine is not None:
             rule = partial(Rule, {"accuracy": reward.accuracy, "format": reward.format})
             pool = RewardPool(rule, reward.workers, reward.timeout_seconds)
-        run.collector = Collector(
-            engine,
-            num_speakers,
-            run.text_of,
-            pool.submit if pool else None,
-            run.groups.control,
-        )
+            judge, scorer = judge_of(config, pool.submit)
+        run.collector = Collector(engine, num_speakers, run.text_of, scorer, run.groups.control)
         try:
-            run.rollouts = rollouts_of(config, run, engine, pool.submit if pool else None)
+            run.rollouts = rollouts_of(config, run, engine, scorer)
             if run.is_resumed:
                 pending = read_pending(Path(config.run.resume_from), with_experts=config.rollout.router_replay)
                 run.rollouts.restore(pending)
@@ -168,6 +167,8 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
         finally:
             if run.rollouts is not None:
                 run.rollouts.close()
+            if judge:
+                judge.close()
             if pool:
                 pool.close()
 
@@ -341,26 +342,6 @@ def _stored_dtypes(config: Config) -> dict[str, torch.dtype]:
     if config.model.init is Init.random:
         return {}
     return MegatronSource(path).dtypes() if is_megatron(path) else CheckpointReader(path).dtypes()
-
-
-def model_options(config: Config) -> ModelOptions:
-    """What the run chooses about its model."""
-    from r1mega.models.hf_config import ModelOptions
-
-    model, memory = config.model, config.memory
-    return ModelOptions(
-        params_dtype=torch_dtype(config.precision.params),
-        fp8=config.precision.fp8,
-        dispatcher=str(config.parallel.dispatcher),
-        fuse_weight_gradients=config.device.fuse_weight_gradients,
-        layer_spec=str(config.device.layer_spec),
-        router_bias_update_rate=model.moe_router_bias_update_rate,
-        router_balance_coef=model.router_balance_coef,
-        freezes_mtp=model.mtp is Mtp.freeze,
-        recompute=str(memory.recompute),
-        recompute_modules=tuple(memory.recompute_modules),
-        recompute_num_layers=memory.recompute_num_layers,
-    )
 
 
 def _synchronize(groups: Groups):

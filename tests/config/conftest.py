@@ -17,7 +17,7 @@ from r1mega.config.registry import conf_dir
 
 MODEL = {
     "model_type": "deepseek_v3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "kv_lora_rank": 16,
+    "num_attention_heads": 4, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "kv_lora_rank": 16,
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 8,
     "n_shared_experts": 1, "routed_scaling_factor": 2.5, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
     "first_k_dense_replace": 1, "num_key_value_heads": 4,
