@@ -97,9 +97,9 @@ def test_scores_and_gradients_are_those_of_transformers(ranks, family, overrides
     ("family", "layout", "overrides"),
     [
         ("deepseek_v3", "tp=2,pp=2,ep=2", {}),
-        ("deepseek_v3", "cp=2,ep=2", {}),
+        pytest.param("deepseek_v3", "cp=2,ep=2", {}, marks=pytest.mark.extended),
         ("qwen2", "tp=2", {"tie_word_embeddings": True}),
-        ("llama", "dp=2,pp=2,vpp=2", {}),
+        pytest.param("llama", "dp=2,pp=2,vpp=2", {}, marks=pytest.mark.extended),
     ],
 )
 def test_every_layout_scores_and_learns_alike(ranks, family, layout, overrides):
