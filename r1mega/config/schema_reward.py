@@ -39,7 +39,7 @@ class RewardConfig:
     """Weight of a generative judge's verdict, 1 where the answer is the ground truth and 0 where not (R1 judges data
     for rejection sampling so; in RL ours). A round's verdicts are recorded, but another run may get others."""
     judge_domains: list[str] = field(default_factory=lambda: ["logic"])
-    """Domains of the questions whose answers are judged (ours)."""
+    """Domains of the questions whose answers are judged: `logic`, where none is given (ours)."""
     judge_url: str | None = None
     """Server of the judge, http://HOST:PORT with OpenAI's chat completions (SGLang has them)."""
     judge_model: str | None = None

@@ -21,7 +21,7 @@ def test_every_field_is_listed_and_documented() -> None:
 
 def test_a_field_is_shown_as_one_would_write_it() -> None:
     shown = {entry.path: (entry.type, entry.default) for entry in fields()}
-    assert shown["stage.loop"] == ("rl|sft", None)
+    assert shown["stage.loop"] == ("rl|sft|reward_model", None)
     assert shown["data.template"] == ("r1_zero|plain|chat", "r1_zero")
     assert shown["data.eval"] == ("str?", "null")
     assert shown["rollout.stop"] == ("list[str]", "[]")
