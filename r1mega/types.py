@@ -20,8 +20,11 @@ NamedTensors = Iterator[tuple[str, "torch.Tensor"]]
 
 
 # What a question is about decides which rewards judge its answers. `choice` and `stem` have options to choose from;
-# `logic` has them or not; `general` has no known answer.
-DOMAINS = ("math", "code", "stem", "choice", "logic", "general")
+# `logic` has them or not; those without a known answer are `general`, or belong to one of two reward models.
+WITHOUT_ANSWER = ("general", "helpful", "harmless")
+DOMAINS = ("math", "code", "stem", "choice", "logic", *WITHOUT_ANSWER)
+# General questions belong each to one reward model, by its domain (DeepSeek-R1, section 3.1): model -> domain.
+DOMAIN_OF = {"helpful": "helpful", "safety": "harmless"}
 
 
 class FinishReason(StrEnum):

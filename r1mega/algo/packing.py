@@ -90,6 +90,23 @@ def plan_batch(lengths: Sequence[int], *, dp: int, max_tokens: int, multiple_of_
     return Plan(tuple(lengths), max_tokens, tuple(chunks))
 
 
+def plan_pairs(lengths: Sequence[int], *, dp: int, max_tokens: int, multiple_of_count: int = 1) -> Plan:
+    """`plan_batch` of samples that come in pairs, 2 i and 2 i + 1, which stay neighbours in one chunk.
+
+    Raises:
+        ValueError: an odd number of samples; a pair longer than `max_tokens`; else as `plan_batch`.
+    """
+    if len(lengths) % 2:
+        raise ValueError(f"lengths: got {len(lengths)} samples; must be pairs; give both of each")
+    both = [sum(lengths[i : i + 2]) for i in range(0, len(lengths), 2)]
+    plan = plan_batch(both, dp=dp, max_tokens=max_tokens, multiple_of_count=multiple_of_count)
+    chunks = tuple(
+        tuple(tuple(index for pair in chunk for index in (2 * pair, 2 * pair + 1)) for chunk in rank)
+        for rank in plan.chunks
+    )
+    return Plan(tuple(lengths), max_tokens, chunks)
+
+
 def split_updates(
     num_samples: int, num_updates: int, *, seed: int | str, group_size: int = 1, keep_groups: bool = False
 ) -> list[list[int]]:

@@ -13,6 +13,7 @@ from r1mega.config.check_cluster import check_cluster
 from r1mega.config.check_engines import check_engines
 from r1mega.config.check_plan import PLAN_BOUNDS
 from r1mega.config.check_reward import REWARD_BOUNDS, check_rewards
+from r1mega.config.check_reward_model import REWARD_MODEL_BOUNDS, check_reward_models
 from r1mega.config.check_schedule import check_schedule
 from r1mega.config.check_slurm import check_slurm
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
@@ -112,6 +113,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     *BENCHMARK_BOUNDS,
     ("cluster.nodes", ((">=", 1),)),
     ("cluster.gpus_per_node", ((">=", 1),)),
+    *REWARD_MODEL_BOUNDS,
     *(
         (f"cluster.{name}", ((">", 0),))
         for name in (
@@ -162,6 +164,7 @@ def check(config: Config, *, here: bool = True) -> list[Fault]:
         *_check_data(config, here),
         *check_schedule(config),
         *check_rewards(config),
+        *check_reward_models(config, here=here),
         *_check_optim(config),
         *_check_lengths(config),
         *_check_memory(config),
@@ -174,6 +177,8 @@ def check(config: Config, *, here: bool = True) -> list[Fault]:
 
 def longest_response(config: Config) -> tuple[str, int]:
     """The field that decides the longest text the run produces (sft: learns from, prompt included), and its tokens."""
+    if config.stage.loop is Loop.reward_model:
+        return "reward_model.max_length", config.reward_model.max_length
     if config.stage.loop not in GENERATING_LOOPS:
         return "sft.max_length", config.sft.max_length
     if config.stage.loop is Loop.evaluate:
@@ -322,8 +327,9 @@ def _check_data(config: Config, here: bool) -> Iterator[Fault]:
 
 def _check_optim(config: Config) -> Iterator[Fault]:
     optim = config.optim
-    has_rounds = config.stage.loop in GENERATING_LOOPS
-    updates, field = (config.algo.updates, "algo.updates") if has_rounds else (config.sft.updates, "sft.updates")
+    # The updates of a reward model follow from its rows, which are counted later.
+    totals = {Loop.sft: ("sft.updates", config.sft.updates), Loop.reward_model: ("", optim.warmup_updates)}
+    field, updates = totals.get(config.stage.loop, ("algo.updates", config.algo.updates))
     if optim.min_lr > optim.lr:
         constraint = f"must be at most optim.lr={optim.lr}"
         yield Fault("optim.min_lr", str(optim.min_lr), constraint, "lower optim.min_lr or raise optim.lr")
@@ -334,8 +340,8 @@ def _check_optim(config: Config) -> Iterator[Fault]:
 
 def _check_batch(config: Config) -> Iterator[Fault]:
     algo, dp, loop = config.algo, config.parallel.dp, config.stage.loop
-    if loop in (Loop.reject, Loop.evaluate):
-        return  # nothing is trained on
+    if loop in (Loop.reject, Loop.evaluate, Loop.reward_model):
+        return  # nothing is trained on, or counted in check_reward_model
     if loop is not Loop.rl:
         if config.sft.batch_size < dp:
             constraint = f"must be at least parallel.dp={dp}: each replica needs a sequence"
@@ -365,9 +371,9 @@ def _check_batch(config: Config) -> Iterator[Fault]:
 def _check_lengths(config: Config) -> Iterator[Fault]:
     """The longest sequence must fit one micro-batch. (Evaluation only generates, so its length does not count here.)"""
     sft, data = config.sft, config.data
-    if config.stage.loop in (Loop.reject, Loop.evaluate):
+    if config.stage.loop in (Loop.reject, Loop.evaluate, Loop.reward_model):
         return
-    if config.stage.loop is not Loop.rl:
+    if config.stage.loop is Loop.sft:
         section, field, got, longest = "sft", "sft.max_length", str(sft.max_length), sft.max_length
         limit = sft.max_tokens_per_micro_batch
     else:

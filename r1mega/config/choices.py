@@ -7,7 +7,7 @@ from enum import StrEnum
 # OmegaConf reads an enum by member name and writes it by member name, so every member is named as its value.
 Loop = StrEnum("Loop", ["rl", "sft", "reject", "reward_model", "evaluate"])
 # Those that can be trained or run; a stage of another one composes, is planned, and is refused when it is started.
-EXISTING_LOOPS = frozenset({Loop.rl, Loop.sft, Loop.evaluate})
+EXISTING_LOOPS = frozenset({Loop.rl, Loop.sft, Loop.reward_model, Loop.evaluate})
 # Those that ask engines for text.
 GENERATING_LOOPS = frozenset({Loop.rl, Loop.reject, Loop.evaluate})
 Init = StrEnum("Init", ["load", "random"])
@@ -15,7 +15,7 @@ ParamDtype = StrEnum("ParamDtype", ["fp32", "bf16"])
 EngineDtype = StrEnum("EngineDtype", ["fp32", "bf16", "fp8"])
 DeviceType = StrEnum("DeviceType", ["cpu", "cuda"])
 LayerSpec = StrEnum("LayerSpec", ["torch", "te"])
-DataFormat = StrEnum("DataFormat", ["qa", "sft"])
+DataFormat = StrEnum("DataFormat", ["qa", "sft", "pairs", "labels"])
 Template = StrEnum("Template", ["r1_zero", "plain", "chat"])
 EngineKind = StrEnum("EngineKind", ["embedded", "sglang"])
 RatioLevel = StrEnum("RatioLevel", ["token", "sequence"])

@@ -12,7 +12,7 @@ from r1mega.config.choices import Loop, Schedule
 from r1mega.config.schema import Config
 
 # Whole sections, and fields of others. All else (layout, logs, checkpoints, evaluation ...) may change on resuming.
-_SECTIONS = ("stage", "model", "precision", "reward", "algo", "sft", "optim")
+_SECTIONS = ("stage", "model", "precision", "reward", "algo", "sft", "reward_model", "optim")
 _FIELDS = {
     "run": ("seed",),
     "data": (
@@ -26,8 +26,9 @@ _FIELDS = {
 }  # fmt: skip
 # Within those sections: what changes no result but where rounding does, names, and what ends a run or lets it go on.
 _INDIFFERENT = {
-    "algo.max_tokens_per_micro_batch", "sft.max_tokens_per_micro_batch", "stage.name", "model.card", "model.base",
-    "reward.max_failed_share", "reward.sandbox",
+    *(f"{section}.max_tokens_per_micro_batch" for section in ("algo", "sft", "reward_model")),
+    *(f"reward.judge_{name}" for name in ("url", "seconds", "attempts", "in_flight")),
+    "stage.name", "model.card", "model.base", "reward.max_failed_share", "reward.sandbox",
 }  # fmt: skip
 
 

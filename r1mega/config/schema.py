@@ -33,6 +33,7 @@ from r1mega.config.schema_benchmark import BenchmarkConfig
 from r1mega.config.schema_cluster import ClusterConfig
 from r1mega.config.schema_plan import PlanConfig
 from r1mega.config.schema_reward import RewardConfig
+from r1mega.config.schema_reward_model import RewardModelConfig
 from r1mega.config.schema_rollout import RolloutConfig, SglangConfig
 from r1mega.config.schema_slurm import SlurmConfig
 
@@ -84,7 +85,8 @@ class ModelConfig:
     router_balance_coef: float = 0.0
     """Weight of the sequence-wise expert balance loss (V3: 0.0001 in pre-training; in RL ours)."""
     mtp: Mtp = Mtp.freeze
-    """A checkpoint's multi-token-prediction layer: leave it out, keep it as it is, or train it."""
+    """A checkpoint's multi-token-prediction layer: leave it out, keep it as it is, or train it. A reward model has
+    none."""
     mtp_loss_coef: float = 0.1
     """Weight of its loss where it is trained (V3: 0.3, later in pre-training 0.1). In RL that layer alone learns."""
 
@@ -166,9 +168,10 @@ class DataConfig:
     train: str = MISSING
     """JSONL file to train on."""
     eval: str | None = None
-    """JSONL file of held-out question/answer rows; null means no evaluation."""
+    """JSONL file of held-out rows, question/answer or those of a reward model; null means no evaluation."""
     format: DataFormat = MISSING
-    """Rows of the training file: `qa` (question_key, answer_key) or `sft` (prompt, response)."""
+    """Rows of the training file: `qa` (question_key, answer_key), `sft` (prompt, response), `pairs` (prompt, chosen,
+    rejected: a helpful reward model) or `labels` (prompt, response, label: a safety one)."""
     question_key: str = "question"
     """Key of the question in a qa row."""
     answer_key: str = "answer"
@@ -333,6 +336,7 @@ class Config:
     sglang: SglangConfig = field(default_factory=SglangConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from r1mega.config.choices import Sandbox
 
@@ -30,15 +30,19 @@ class RewardConfig:
     repetition: float = 0.0
     """Weight of the penalty on repeated passages (ours; R1 has none)."""
     helpful: float = 0.0
-    """Weight of the helpful reward model's score of the final summary (R1's last stage: 1)."""
+    """Weight of the helpful reward model's score of the final summary of an answer to a question of domain `helpful`
+    (R1's last stage: 1)."""
     safety: float = 0.0
-    """Weight of the safety reward model's score of the whole response (R1's last stage: 1)."""
+    """Weight of the probability that the safety reward model gives the whole response to a question of domain
+    `harmless` of being safe (R1's last stage: 1; that the score is a probability is ours)."""
     helpful_model: str | None = None
-    """Checkpoint directory of the helpful reward model; needed where its weight is not 0."""
+    """Hugging Face checkpoint of the helpful reward model, of the policy's tokenizer; needed where its weight is not 0.
+    It reads questions by data.template, as in its training."""
     safety_model: str | None = None
-    """Checkpoint directory of the safety reward model; needed where its weight is not 0."""
+    """Hugging Face checkpoint of the safety reward model; needed where its weight is not 0."""
     preference_from: int = 0
-    """Update from which general questions and the rewards of models count (R1's last stage: 1,300 of 1,700)."""
+    """Update from which general questions (data.general) and the rewards of models count (R1's last stage: 1,300 of
+    1,700)."""
     max_failed_share: float = 0.25
     """Share of a round's samples whose reward may fail (killed, crashed, a sandbox that does not work); these are left
     out of the round, and a larger share ends the run with the reasons (ours)."""
@@ -51,3 +55,18 @@ class RewardConfig:
     """Time of all tests of a program together (ours)."""
     code_memory_mib: int = 1024
     """Memory of a program under test in MiB (ours)."""
+    judge: float = 0.0
+    """Weight of a generative judge's verdict, 1 where the answer is the ground truth and 0 where not (R1 judges data
+    for rejection sampling so; in RL ours). A round's verdicts are recorded, but another run may get others."""
+    judge_domains: list[str] = field(default_factory=lambda: ["logic"])
+    """Domains of the questions whose answers are judged: `logic`, where none is given (ours)."""
+    judge_url: str | None = None
+    """Server of the judge, http://HOST:PORT with OpenAI's chat completions (SGLang has them)."""
+    judge_model: str | None = None
+    """Name of the model there."""
+    judge_seconds: float = 120.0
+    """Time of one attempt to get a verdict (ours)."""
+    judge_attempts: int = 3
+    """Attempts after which the sample is marked as failed and left out (ours)."""
+    judge_in_flight: int = 32
+    """Answers that are judged at the same time (ours)."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from r1mega.config.checkpoint_files import TOKENIZER_FILES
 from r1mega.models.hf_fields import FP8_CONFIG, HfFields
+from r1mega.models.hf_score import classifier_changes
 
 # Fields of config.json that may be set: what a student gets when it is prepared for distillation. Others would make it
 # another model than its weights are of.
@@ -105,6 +106,8 @@ def keep(target: Path, fields: HfFields, tokenizer: Path) -> None:
     raw = json.loads(fields.path.read_text(encoding="utf-8"))
     if fields.num_mtp_layers != raw.get("num_nextn_predict_layers", 0):
         raw["num_nextn_predict_layers"] = fields.num_mtp_layers
+    if fields.has_score:
+        raw |= classifier_changes(fields.family)
     write(target, fields.path.parent, tokenizer, raw)
 
 

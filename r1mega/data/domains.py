@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from r1mega.types import DOMAINS
+from r1mega.types import DOMAINS, WITHOUT_ANSWER
 
 _CHOSEN = ("stem", "choice")
 _NUM_OPTIONS = (4, 8)
@@ -19,13 +19,13 @@ def read_facts(place: str, row: Mapping[str, Any], answer_key: str) -> dict[str,
     """The fields of a Prompt besides id and question. Raises ValueError naming `place` for what is missing or wrong.
 
     Keys of the row: `answer_key` (text, a number, or a list of answers that are all right; none is needed for the
-    domains code and general), `domain` (math where it is left out), `options` (4 to 8 texts for stem and choice; logic
+    domains code, general, helpful and harmless), `domain` (math where it is left out), `options` (4 to 8 texts for stem and choice; logic
     may have them), `tests` (for code), `language` (to think in).
     """
     domain = row.get("domain", "math")
     if domain not in DOMAINS:
         raise ValueError(f"{place}: 'domain' must be one of {', '.join(DOMAINS)}, got {str(domain)[:80]!r}")
-    answers = _answers(place, row, answer_key, needed=domain not in ("code", "general"))
+    answers = _answers(place, row, answer_key, needed=domain not in ("code", *WITHOUT_ANSWER))
     options = _options(place, row.get("options"), needed=domain in _CHOSEN)
     if options and domain not in (*_CHOSEN, "logic"):
         raise ValueError(f"{place}: a question of domain {domain} has no 'options'; set 'domain' to stem or choice")

@@ -8,7 +8,7 @@ from typing import Any
 
 from r1mega.data.jsonl import read_rows
 from r1mega.data.prompts import PromptSource
-from r1mega.types import Prompt
+from r1mega.types import DOMAINS, Prompt
 
 GENERAL = "general"
 
@@ -16,14 +16,15 @@ GENERAL = "general"
 def read_general(path: str | Path, question_key: str = "question") -> list[Prompt]:
     """The general questions of a JSONL file, without answers and not yet tokenized; a prompt's id is `path:line`.
 
-    A row may say its `domain`, by which it finds its reward; it is `general` otherwise. Raises ValueError naming
+    A row may say its `domain`, by which it finds its reward: `helpful` and `harmless` belong each to one reward model;
+    it is `general` otherwise. Raises ValueError naming
     `path:line` for an empty file, a malformed line, or a key that is missing, blank or no text.
     """
     prompts = []
     for line, row in read_rows(path, (question_key,)):
         domain = row.get("domain", GENERAL)
-        if not isinstance(domain, str) or not domain.strip():
-            raise ValueError(f"{path}:{line}: 'domain' must be text that is not blank, got {domain!r}")
+        if domain not in DOMAINS:
+            raise ValueError(f"{path}:{line}: 'domain' must be one of {', '.join(DOMAINS)}, got {str(domain)[:80]!r}")
         prompts.append(Prompt(id=f"{path}:{line}", question=row[question_key], answer="", domain=domain))
     return prompts
 

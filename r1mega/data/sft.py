@@ -47,9 +47,14 @@ def read_sft(path: str | Path, prompt_key: str = "prompt", response_key: str = "
 
 
 def tokenize_sft(
-    rows: Sequence[SftRow], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
+    rows: Sequence[SftRow],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_tokens: int,
+    *,
+    limit: str = "sft.max_length",
 ) -> list[SftExample]:
-    """The rows as token ids, in the same order.
+    """The rows as token ids, in the same order. `limit` is the field that `max_tokens` comes from.
 
     Prompt and response are tokenized apart, so that the prompt's ids are the very ids an engine is given later.
     Raises ValueError for an example of more than `max_tokens` tokens, or a tokenizer without an end-of-sequence token.
@@ -64,7 +69,7 @@ def tokenize_sft(
         if num_tokens > max_tokens:
             raise ValueError(
                 f"{row.id}: prompt and response have {num_tokens} tokens with template {template!r}, the limit is "
-                f"{max_tokens}; raise sft.max_length or take this row out of the file"
+                f"{max_tokens}; raise {limit} or take this row out of the file"
             )
         mask = (0,) * len(prompt) + (1,) * len(response)
         examples.append(SftExample(token_ids=(*prompt, *response), loss_mask=mask))

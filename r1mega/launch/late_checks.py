@@ -12,12 +12,13 @@ from r1mega.config.check import longest_response
 from r1mega.config.choices import EngineKind, Init, Loop, Mtp, Transport
 from r1mega.config.schema import Config
 from r1mega.data.mixture import read_general
+from r1mega.data.preference import READERS, tokenize_preferences
 from r1mega.data.prompts import read_qa, tokenize_prompts
 from r1mega.data.sft import read_sft, tokenize_sft
 from r1mega.models import hf_fields
 from r1mega.models.hf_fields import HfFields, layer_of
 from r1mega.rollout.server import ROUTER_VERSION, SGLANG_VERSION
-from r1mega.types import Prompt
+from r1mega.types import DOMAIN_OF, Prompt
 
 _PYTHON_SECONDS = 60.0  # a Python on a cold network disk takes long
 
@@ -32,6 +33,14 @@ def check_tokens(config: Config) -> list[str]:
     if config.stage.loop is Loop.sft:
         examples = tokenize_sft(read_sft(data.train), tokenizer, template, config.sft.max_length)
         return _check_vocabulary((example.token_ids for example in examples), fields)
+    if config.stage.loop is Loop.reward_model:
+        limit = config.reward_model.max_length
+        read = READERS[str(data.format)]
+        found = [
+            tokenize_preferences(read(path), tokenizer, template, limit) for path in (data.train, data.eval) if path
+        ]
+        sequences = (sequence.token_ids for part in found for example in part for sequence in example.sequences)
+        return _check_vocabulary(sequences, fields)
     faults = []
     files = [read_qa(path, data.question_key, data.answer_key) for path in (data.train, data.eval) if path is not None]
     if data.general is not None:
@@ -41,7 +50,19 @@ def check_tokens(config: Config) -> list[str]:
         faults += _check_vocabulary((prompt.token_ids for prompt in prompts), fields)
         faults += _check_positions(prompts, config, fields)
         faults += _check_sandbox(prompts, config)
-    return faults
+    asked = [*files[0], *(files[-1] if data.general is not None else ())]
+    return faults + _check_judged(asked, config)
+
+
+def _check_judged(prompts: Sequence[Prompt], config: Config) -> list[str]:
+    """What reward models are to judge is there."""
+    reward, domains = config.reward, {prompt.domain for prompt in prompts}
+    return [
+        f"reward.{name}: got {getattr(reward, name):g}; no question of data.train or data.general has domain "
+        f'{domain!r}, which that model judges; give rows "domain": "{domain}", or set reward.{name}=0'
+        for name, domain in DOMAIN_OF.items()
+        if getattr(reward, name) and domain not in domains
+    ]
 
 
 def _check_sandbox(prompts: Sequence[Prompt], config: Config) -> list[str]:
@@ -119,6 +140,7 @@ def release(version: str) -> list[str]:
 def check_tensors(config: Config) -> list[str]:
     """The checkpoint holds every tensor of the model's table, in its shape, and no others."""
     from r1mega.models.tables import slots_of
+    from r1mega.models.tables.common import SCORE
 
     if config.model.init is not Init.load:
         return []
@@ -127,12 +149,19 @@ def check_tensors(config: Config) -> list[str]:
 
         MegatronSource(config.model.hf)
         return []
-    drops = config.model.mtp is Mtp.drop
+    scores = config.stage.loop is Loop.reward_model
+    drops = config.model.mtp is Mtp.drop or scores
     fields = hf_fields.read(config.model.hf, drop_mtp=drops)
+    is_base = scores and not fields.has_score
+    if scores:
+        fields = fields.as_reward_model()
     expected = {tensor.name: tensor.shape for slot in slots_of(fields) for tensor in (*slot.tensors, *slot.aliases)}
     found = checkpoint_files.tensor_shapes(fields.path.parent)
     if drops:
         found = {name: shape for name, shape in found.items() if layer_of(name) < fields["num_hidden_layers"]}
+    if is_base:
+        del expected[SCORE]  # made anew
+        found.pop("lm_head.weight", None)
     if fields["tie_word_embeddings"]:
         found.pop("lm_head.weight", None)  # some writers store the tied table twice
     faults = []

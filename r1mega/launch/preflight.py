@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from r1mega.config.check import check, longest_response
+from r1mega.config.check_reward_model import MODELS
 from r1mega.config.check_versions import check_versions
-from r1mega.config.checkpoint_files import read_json_object
+from r1mega.config.checkpoint_files import is_megatron, read_json_object
 from r1mega.config.choices import EXISTING_LOOPS, GENERATING_LOOPS, DataFormat, Loop, Recompute
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.data.jsonl import read_rows
+from r1mega.data.preference import READERS
 from r1mega.launch.check_card import card_fields, check_card
 from r1mega.launch.check_disk import check_disk
 from r1mega.launch.late_checks import check_sglang, check_tensors, check_tokens
@@ -72,6 +74,8 @@ def find(config: Config, *, here: bool = True) -> list[Fault | str]:
 
 def _check_rows(config: Config) -> list[str]:
     data = config.data
+    if config.stage.loop is Loop.reward_model:
+        return _check_preferences(config)
     qa_keys = (data.question_key, data.answer_key)
     files = [("data.train", data.train, qa_keys if data.format is DataFormat.qa else SFT_KEYS)]
     if config.stage.loop is Loop.rl:
@@ -85,6 +89,49 @@ def _check_rows(config: Config) -> list[str]:
                 read_rows(path, keys)
         except (ValueError, OSError) as error:
             faults.append(f"{field}: {error}; correct the file or {field}{key_remedy}")
+    return faults
+
+
+def _check_preferences(config: Config) -> list[str]:
+    data, faults = config.data, []
+    read = READERS.get(str(data.format))
+    for field, path in (("data.train", data.train), ("data.eval", data.eval)):
+        try:
+            if path and read is not None:
+                read(path)
+        except (ValueError, OSError) as error:
+            faults.append(f"{field}: {error}; correct the file or {field}")
+    return faults
+
+
+def _check_score(config: Config, fields: HfFields) -> list[Fault]:
+    """A reward model is trained as one and as nothing else, and in RL asked where it can read the policy's tokens."""
+    faults: list[Fault] = []
+    hf, is_training = config.model.hf, config.stage.loop is Loop.reward_model
+    if fields.has_score and not is_training:
+        constraint = f"is a reward model, which writes nothing; stage.loop={config.stage.loop} needs a language model"
+        faults.append(Fault("model.hf", hf, constraint, "name the checkpoint of a language model"))
+    if is_training and not fields.has_score and is_megatron(Path(hf)):
+        constraint = "holds a language model in Megatron's format; a new score is put to a Hugging Face checkpoint"
+        remedy = "convert it: python tools/convert_checkpoint.py megatron-to-hf"
+        faults.append(Fault("model.hf", hf, constraint, remedy))
+    for name in MODELS if config.stage.loop is Loop.rl else ():
+        path, field = getattr(config.reward, f"{name}_model"), f"reward.{name}_model"
+        if not getattr(config.reward, name) or path is None or not Path(path).is_dir():
+            continue
+        try:
+            found = hf_fields.read(path)
+        except ValueError as error:
+            faults += [f"{field}: {line}" for line in str(error).splitlines()]
+            continue
+        if not found.has_score:
+            constraint = "its config.json is not one of a reward model (architectures: *ForSequenceClassification)"
+            faults.append(Fault(field, path, constraint, "train one with stage=reward_model_helpful or _safety"))
+        elif found["vocab_size"] != fields["vocab_size"]:
+            constraint = f"its vocab_size is {found['vocab_size']}, model.hf's {fields['vocab_size']}; it reads the "
+            faults.append(Fault(field, path, constraint + "policy's tokens", "train it from a model of that tokenizer"))
+        else:
+            faults += Layout.of(**config.parallel.sizes()).problems(found.shape())
     return faults
 
 
@@ -126,6 +173,8 @@ def _check_model(config: Config, fields: HfFields, sizes_are_sound: bool) -> lis
         faults += _check_recomputation(config, layout, fields["num_hidden_layers"])
     if config.precision.fp8 and not faults:
         faults += fp8.problems(fields, layout)
+    if sizes_are_sound:
+        faults += _check_score(config, fields)
     if config.rollout.router_replay and not fields.moe_layers and config.stage.loop in GENERATING_LOOPS:
         constraint = f"a {fields.family} model of these layers has no experts to replay the choice of"
         faults.append(Fault("rollout.router_replay", "true", constraint, "set it to false"))

@@ -7,7 +7,7 @@ A round is one rollout; its samples are split into the batches of several update
 from __future__ import annotations
 
 from r1mega.config.schema import Config
-from r1mega.loop import phases
+from r1mega.loop import phases, preference
 from r1mega.loop.wire import REFERENCE, RlRun, wire_rl
 
 
@@ -25,6 +25,7 @@ def train(run: RlRun) -> None:
         state.round += 1
         phases.rollout(run)
         groups = phases.reward(run)
+        preference.add_scores(run, groups)
         batch = phases.inference(run, groups)
         for samples in phases.split_round(run, batch):
             phases.update(run, batch, samples)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from r1mega.config.choices import Loop
 from r1mega.config.schema import Config
 from r1mega.loop.state import RunState
 from r1mega.metrics.console import Console
@@ -40,10 +39,19 @@ class RunLog:
     `round_metrics` collects numbers of the round while it runs; they go out with its last update.
     """
 
-    def __init__(self, config: Config, *, enabled: bool, model: str, layout: str, world_size: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        enabled: bool,
+        model: str,
+        layout: str,
+        world_size: int,
+        total_updates: int,
+    ) -> None:
         self.console = Console("", 0, enabled=False)
         self.round_metrics: dict[str, float] = {}
-        self._config, self._enabled = config, enabled
+        self._config, self._enabled, self._total = config, enabled, total_updates
         self._facts = {"model": model, "layout": layout, "world_size": world_size, "seed": config.run.seed}
         self._started = time.monotonic()
         self._last: dict[str, float] = {}
@@ -56,10 +64,9 @@ class RunLog:
 
     def _open(self) -> None:
         config, logger = self._config, self._config.logger
-        total = config.algo.updates if config.stage.loop is Loop.rl else config.sft.updates
         details = {"model": self._facts["model"], "layout": self._facts["layout"], "device": str(config.device.type)}
         details["seed"] = str(config.run.seed)
-        self.console = Console(config.run.name, total, enabled=logger.console, details=details)
+        self.console = Console(config.run.name, self._total, enabled=logger.console, details=details)
         wandb = None
         if logger.wandb:
             wandb = WandbOptions(project=logger.wandb_project, name=config.run.name, mode=str(logger.wandb_mode))

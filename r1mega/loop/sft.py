@@ -7,7 +7,7 @@ import torch
 from r1mega.config.schema import Config
 from r1mega.data.sft import SftExample
 from r1mega.loop.records import expert_metrics
-from r1mega.loop.wire import SftRun, wire_sft
+from r1mega.loop.wire_supervised import SftRun, wire_sft
 from r1mega.metrics.timer import as_metrics
 from r1mega.train.batch import MicroBatch, PackItem
 

@@ -13,10 +13,8 @@ from r1mega.algo.lr import learning_rate
 from r1mega.config.checkpoint_files import is_megatron
 from r1mega.config.choices import Init, Loop, Mtp
 from r1mega.config.schema import Config
-from r1mega.config.schema_reward import RewardConfig
 from r1mega.data.mixture import MixedSource, read_general
 from r1mega.data.prompts import PromptSource, read_qa, tokenize_prompts
-from r1mega.data.sft import SftSource, read_sft, tokenize_sft
 from r1mega.loop.checkpoints import Checkpoints, read_pending, restore
 from r1mega.loop.rounds import UpdateRecord
 from r1mega.loop.runlog import RunLog
@@ -24,16 +22,17 @@ from r1mega.loop.state import RunState
 from r1mega.loop.turns import Turns
 from r1mega.loop.wire_engines import engines_of, memory_figures, probe_of, rollouts_of
 from r1mega.loop.wire_publish import torch_dtype
+from r1mega.loop.wire_reward import judge_of, model_options, reward_models_of, rule_of
 from r1mega.metrics.memory import PhaseMemory
 from r1mega.metrics.timer import PhaseTimer
 from r1mega.models import hf_fields
 from r1mega.models.hf_fields import HfFields
+from r1mega.models.hf_score import classifier_changes
 from r1mega.parallel import groups as process_groups
 from r1mega.parallel.groups import Groups
 from r1mega.parallel.layout import Layout
 from r1mega.parallel.seed import derive
-from r1mega.reward.code import CodeLimits
-from r1mega.reward.compose import NAMES, Rule, RuleSettings
+from r1mega.reward.compose import Rule
 from r1mega.reward.pool import RewardPool
 from r1mega.types import Prompt, TrainerWeights
 
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
 
     from r1mega.rollout.collector import Collector, Lockstep, Streamed
     from r1mega.train.policy import MegatronPolicy
+    from r1mega.train.reward_model import FrozenRewardModel
     from r1mega.weights.probe import PublishProbe
 
 REFERENCE = "reference"
@@ -102,6 +102,7 @@ class RlRun(Run):
     collector: Collector | None = None  # for evaluations
     rollouts: Lockstep | Streamed | None = None
     prompts: PromptSource | MixedSource | None = None
+    reward_models: dict[str, FrozenRewardModel] = field(default_factory=dict)  # by their names in `reward`
     held_out: list[Prompt] = field(default_factory=list)
     updates: list[UpdateRecord] = field(default_factory=list)  # of the round at hand
 
@@ -112,40 +113,30 @@ class RlRun(Run):
         return self.tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
-@dataclass
-class SftRun(Run):
-    """What the SFT loop has besides."""
-
-    examples: SftSource | None = None
-
-
 @contextmanager
 def wire_rl(config: Config) -> Iterator[RlRun]:
     """The RL loop's objects on this rank; all of them are closed at the end, however it comes."""
-    with _wire(config, RlRun, temperature=config.rollout.temperature) as run:
+    total = config.algo.updates
+    with wired(config, RlRun, temperature=config.rollout.temperature, total_updates=total) as run:
         from r1mega.rollout.collector import Collector
 
         data, reward = config.data, config.reward
         prompts = load_prompts(config, data.train, run.tokenizer)
         run.prompts = prompt_source(config, prompts, run.tokenizer)
+        run.reward_models = reward_models_of(config, run.groups)
         if run.is_resumed:
             restore(config, run.groups, run.policy, run.state, run.prompts, COPIES)
         if data.eval is not None:
             run.held_out = load_prompts(config, data.eval, run.tokenizer)[: data.eval_limit]
         engine, num_speakers, run.publish = engines_of(config, run)
         run.probe = probe_of(config, run, engine, prompts)
-        pool = None
+        pool = judge = scorer = None
         if engine is not None:
-            pool = RewardPool(partial(Rule, *_rule(reward)), reward.workers, reward.timeout_seconds)
-        run.collector = Collector(
-            engine,
-            num_speakers,
-            run.text_of,
-            pool.submit if pool else None,
-            run.groups.control,
-        )
+            pool = RewardPool(partial(Rule, *rule_of(config)), reward.workers, reward.timeout_seconds)
+            judge, scorer = judge_of(config, pool.submit)
+        run.collector = Collector(engine, num_speakers, run.text_of, scorer, run.groups.control)
         try:
-            run.rollouts = rollouts_of(config, run, engine, pool.submit if pool else None)
+            run.rollouts = rollouts_of(config, run, engine, scorer)
             if run.is_resumed:
                 pending = read_pending(Path(config.run.resume_from), with_experts=config.rollout.router_replay)
                 run.rollouts.restore(pending)
@@ -153,6 +144,8 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
         finally:
             if run.rollouts is not None:
                 run.rollouts.close()
+            if judge:
+                judge.close()
             if pool:
                 pool.close()
 
@@ -160,33 +153,12 @@ def wire_rl(config: Config) -> Iterator[RlRun]:
 @contextmanager
 def wire_replay(config: Config) -> Iterator[RlRun]:
     """The RL loop's objects without engines, rewards and logs, where the replay starts from."""
-    with _wire(config, RlRun, temperature=config.rollout.temperature, logs=False) as run:
+    with wired(config, RlRun, temperature=config.rollout.temperature, logs=False) as run:
         if run.is_resumed:
             restore(config, run.groups, run.policy, run.state, None, COPIES)
         else:
             run.policy.keep_copy(REFERENCE)
         yield run
-
-
-@contextmanager
-def wire_sft(config: Config) -> Iterator[SftRun]:
-    """The SFT loop's objects on this rank."""
-    with _wire(config, SftRun) as run:
-        rows = read_sft(config.data.train)
-        examples = tokenize_sft(rows, run.tokenizer, str(config.data.template), config.sft.max_length)
-        run.examples = SftSource(examples, config.run.seed, config.data.shuffle)
-        if run.is_resumed:
-            restore(config, run.groups, run.policy, run.state, run.examples, ())
-        yield run
-
-
-def _rule(reward: RewardConfig) -> tuple[dict[str, float], RuleSettings]:
-    """Weights and settings of the rewards that see a response's text."""
-    code = CodeLimits(reward.code_test_seconds, reward.code_total_seconds, reward.code_memory_mib, str(reward.sandbox))
-    # Evaluations show accuracy and format, whatever they weigh.
-    weights = {name: getattr(reward, name) for name in NAMES}
-    weights = {name: weight for name, weight in weights.items() if weight != 0 or name in ("accuracy", "format")}
-    return weights, RuleSettings(code, reward.language_target)
 
 
 def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -240,6 +212,8 @@ def export(policy: MegatronPolicy, fields: HfFields, config: Config, name: str, 
         tokenizer = Path(config.model.tokenizer) if config.model.tokenizer else None
         # What was left out of the model must not be promised by its config.json.
         changes = {"num_nextn_predict_layers": 0} if config.model.mtp is Mtp.drop and fields.is_moe else {}
+        if fields.has_score:
+            changes |= classifier_changes(fields.family)
         writer = CheckpointWriter(
             path, source=fields.path.parent, dtypes=dtypes, tokenizer=tokenizer, config_changes=changes
         )
@@ -251,7 +225,9 @@ def export(policy: MegatronPolicy, fields: HfFields, config: Config, name: str, 
 
 
 @contextmanager
-def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = True) -> Iterator[Run]:
+def wired(
+    config: Config, kind: type, *, temperature: float = 1.0, logs: bool = True, total_updates: int = 0
+) -> Iterator[Run]:
     optim = config.optim
     layout = Layout.of(**config.parallel.sizes())
     groups = process_groups.initialize(
@@ -264,10 +240,19 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
     # Megatron may be imported only now: the device bridge is laid.
     from r1mega.train.optimizer import AdamSettings
     from r1mega.train.policy import MegatronPolicy
+    from r1mega.train.reward_model import MegatronRewardModel
 
+    scores = config.stage.loop is Loop.reward_model
     fields = hf_fields.read(config.model.hf, drop_mtp=config.model.mtp is Mtp.drop)
+    if scores:
+        fields = fields.as_reward_model()
     log = RunLog(
-        config, enabled=logs and groups.rank == 0, model=fields.family, layout=str(layout), world_size=layout.world_size
+        config,
+        enabled=logs and groups.rank == 0,
+        model=fields.family,
+        layout=str(layout),
+        world_size=layout.world_size,
+        total_updates=total_updates,
     )
     try:
         adam = AdamSettings(
@@ -281,7 +266,8 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
             overlap_grad_reduce=config.parallel.overlap_grad_reduce,
             overlap_param_gather=config.parallel.overlap_param_gather,
         )
-        policy = MegatronPolicy(fields, groups, _model_options(config), adam, temperature=temperature)
+        policy_kind = MegatronRewardModel if scores else MegatronPolicy
+        policy = policy_kind(fields, groups, model_options(config), adam, temperature=temperature)
         policy.logprob_chunk_tokens = config.memory.logprob_chunk_tokens
         policy.trains_trunk_further = config.stage.loop is Loop.sft
         if config.run.resume_from is None:
@@ -299,14 +285,15 @@ def _wire(config: Config, kind: type, *, temperature: float = 1.0, logs: bool = 
 def _load(policy: MegatronPolicy, fields: HfFields, config: Config) -> None:
     """Fill the weights from what model.init and model.hf say. Collective."""
     from r1mega.models.hf_io import CheckpointReader, RandomWeights
+    from r1mega.train.reward_model import WithNewHead
 
-    path = Path(config.model.hf)
+    path, fresh = Path(config.model.hf), RandomWeights(fields, config.run.seed)
     if config.model.init is Init.random:
-        policy.load(RandomWeights(fields, config.run.seed))
+        policy.load(fresh)
     elif is_megatron(path):
         policy.load_distributed(path / "model")
     else:
-        policy.load(CheckpointReader(path))
+        policy.load(WithNewHead(CheckpointReader(path), fresh) if fields.has_score else CheckpointReader(path))
 
 
 def _stored_dtypes(config: Config) -> dict[str, torch.dtype]:
@@ -318,25 +305,6 @@ def _stored_dtypes(config: Config) -> dict[str, torch.dtype]:
     if config.model.init is Init.random:
         return {}
     return MegatronSource(path).dtypes() if is_megatron(path) else CheckpointReader(path).dtypes()
-
-
-def _model_options(config: Config):
-    from r1mega.models.hf_config import ModelOptions
-
-    model, memory = config.model, config.memory
-    return ModelOptions(
-        params_dtype=torch_dtype(config.precision.params),
-        fp8=config.precision.fp8,
-        dispatcher=str(config.parallel.dispatcher),
-        fuse_weight_gradients=config.device.fuse_weight_gradients,
-        layer_spec=str(config.device.layer_spec),
-        router_bias_update_rate=model.moe_router_bias_update_rate,
-        router_balance_coef=model.router_balance_coef,
-        freezes_mtp=model.mtp is Mtp.freeze,
-        recompute=str(memory.recompute),
-        recompute_modules=tuple(memory.recompute_modules),
-        recompute_num_layers=memory.recompute_num_layers,
-    )
 
 
 def _synchronize(groups: Groups):

@@ -46,6 +46,10 @@ def main() -> None:
             from r1mega.loop import sft
 
             sft.main(config)
+        elif config.stage.loop is Loop.reward_model:
+            from r1mega.loop import reward_model
+
+            reward_model.main(config)
         else:
             from r1mega.loop import hybrid
 

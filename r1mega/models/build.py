@@ -40,13 +40,16 @@ def _chunk(
         pre_process=chunk == 0,
         post_process=is_last,
         parallel_output=True,
-        share_embeddings_and_output_weights=fields["tie_word_embeddings"],
+        share_embeddings_and_output_weights=fields["tie_word_embeddings"] and not fields.has_score,
         position_embedding_type="rope",
         rotary_base=fields.rope["rope_theta"],
         mtp_block_spec=mtp_spec(config, options.layer_spec, vp_stage) if is_last and fields.num_mtp_layers else None,
         pg_collection=groups.collection,
         vp_stage=vp_stage,
     )
+    if fields.has_score and is_last:
+        # Not cut: a single row. Under the name of what it replaces, which Megatron's checkpoints ask for.
+        model.output_layer = torch.nn.Linear(fields["hidden_size"], 1, bias=False, dtype=options.params_dtype)
     if fields.rope["rope_type"] == "llama3":
         model.rotary_pos_emb.inv_freq = _llama3_inverse_frequencies(fields).to(groups.device)
     if options.freezes_mtp and model.mtp_process:

@@ -69,3 +69,14 @@ class HiddenStateGPT(GPTModel):
         else:
             whole = copy_to_tensor_model_parallel_region(hidden, group=group)
         return whole.squeeze(1).index_select(0, rows_R), weight
+
+    def score(self, hidden: torch.Tensor, rows_E: torch.Tensor) -> torch.Tensor:
+        """[E] the scores, fp32, that a reward model gives at positions `rows_E` of what `forward` returned.
+
+        Every tensor rank works out the same scores with a copy of the head of its own: gradients need no sum over them.
+        """
+        if self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=group)
+        chosen_EH = hidden.squeeze(1).index_select(0, rows_E)
+        return (chosen_EH.float() @ self.output_layer.weight.float().t()).squeeze(1)

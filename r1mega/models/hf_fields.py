@@ -97,6 +97,8 @@ class HfFields:
     """Multi-token-prediction layers: 0 or 1."""
     is_fp8: bool = False
     """Whether the checkpoint holds the weights of its linear layers in FP8 blocks."""
+    has_score: bool = False
+    """A reward model: a row `score.weight` stands in the place of the output table."""
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -120,6 +122,10 @@ class HfFields:
         """The decoder layers that have experts; empty for a dense model."""
         last = self["num_hidden_layers"]
         return range(self["first_k_dense_replace"] if self.is_moe else last, last)
+
+    def as_reward_model(self) -> HfFields:
+        """The same model with a score in the place of logits, and without a layer that predicts further."""
+        return replace(self, has_score=True, num_mtp_layers=0)
 
     def shape(self) -> ShapeNumbers:
         """What a parallel layout has to divide."""
@@ -217,11 +223,13 @@ def parse(raw: dict[str, Any], path: Path = Path("config.json"), *, allow_fp8: b
     rope, found = _rope(raw, family)
     found += _field_problems(raw, values, family)
     found += _fp8_problems(quantization) if is_fp8 else []
+    if _is_classifier(raw) and len(raw.get("id2label") or (0, 1)) != 1:  # transformers takes two where it is absent
+        found.append("id2label: got a classifier of several labels; a reward model has one; train one from a base")
     if not found and family == "deepseek_v3":
         found += _router_problems(values)
     if found:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in found))
-    return HfFields(path=path, family=family, values=values, rope=rope, is_fp8=is_fp8)
+    return HfFields(path, family, values, rope, is_fp8=is_fp8, has_score=_is_classifier(raw))
 
 
 def _kind_problems(values: dict[str, Any]) -> list[str]:
@@ -244,6 +252,10 @@ def _kind_problems(values: dict[str, Any]) -> list[str]:
             elif not _is_number(value.get("rope_theta", 1)):
                 found.append(f"{name}.rope_theta: got {value['rope_theta']!r}; must be a number not below 0")
     return found
+
+
+def _is_classifier(raw: dict[str, Any]) -> bool:
+    return any(str(name).endswith("ForSequenceClassification") for name in raw.get("architectures") or ())
 
 
 def _is_number(value: Any) -> bool:

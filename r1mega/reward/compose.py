@@ -24,10 +24,12 @@ NAMES = ("accuracy", "format", "language", "repetition")
 
 @dataclass(frozen=True)
 class RuleSettings:
-    """What rewards take besides prompt and text. `language` is the one to think in; None: that of each question."""
+    """What rewards take besides prompt and text. `language` is the one to think in; None: that of each question.
+    `elsewhere` are the domains that something else than rules judges too: there it is no fault that no rule does."""
 
     code: CodeLimits = field(default_factory=CodeLimits)
     language: str | None = None
+    elsewhere: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Rule:
                 raise ValueError(f"the weight of reward {name!r} must be a finite number, got {weight}")
         self.weights = dict(weights)
         settings = settings or RuleSettings()
+        self._elsewhere = settings.elsewhere
         self._parts = {
             domain: {name: parts[name] for name in weights if name in parts}
             for domain, parts in ((domain, parts_of(domain, settings)) for domain in DOMAINS)
@@ -90,14 +93,14 @@ class Rule:
 
     def __call__(self, prompt: Prompt, text: str) -> Score:
         parts = self._parts.get(prompt.domain, {})
-        if not any(self.weights[name] for name in parts):
+        if not any(self.weights[name] for name in parts) and prompt.domain not in self._elsewhere:
             return _no_reward(prompt, self.weights)
         return self._sum({name: part.reward(prompt, text) for name, part in parts.items()})
 
     def quick(self, prompt: Prompt, text: str) -> Score | None:
         """The same score when every part can be had at once, else None."""
         parts = self._parts.get(prompt.domain, {})
-        if not any(self.weights[name] for name in parts):
+        if not any(self.weights[name] for name in parts) and prompt.domain not in self._elsewhere:
             return _no_reward(prompt, self.weights)
         scores: dict[str, Score] = {}
         for name, part in parts.items():

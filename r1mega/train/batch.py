@@ -2,7 +2,7 @@
 
 Shape suffixes: T positions of the micro-batch held by this rank, R response tokens in the micro-batch, S its sequences.
 With context parallelism a rank holds a part of each sequence, and so predicts a part of the R tokens only; L counts
-those, M what it predicts two tokens ahead.
+those, M what it predicts two tokens ahead, E the sequences whose last token it holds.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class MicroBatch:
     select_L: torch.Tensor | None
     further_rows_M: torch.Tensor  # where this rank predicts a response token from two before it
     further_targets_M: torch.Tensor
+    end_rows_E: torch.Tensor  # where this rank holds the last token of a sequence
+    select_E: torch.Tensor | None  # of which of the sequences; None: of all, in order
     sequence_R: torch.Tensor  # which of the micro-batch's sequences each response token is of
     samples: tuple[int, ...]  # indices of the sequences in the batch they were taken from
     num_responses: tuple[int, ...]  # response tokens of each
@@ -86,6 +88,7 @@ class _Laid:
     rows: list[int] = field(default_factory=list)  # where each response token is predicted
     targets: list[int] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)  # the sequence each response token is of
+    ends: list[int] = field(default_factory=list)  # where the last token of each sequence stands
 
     def add(self, at: int, sequence: PackItem, length: int) -> None:
         """One sequence, padded at its end to `length`."""
@@ -98,6 +101,7 @@ class _Laid:
         self.rows.extend(range(start + size - response - 1, start + size - 1))
         self.targets.extend(sequence.tokens[size - response :])
         self.owners.extend([at] * response)
+        self.ends.append(start + size - 1)
 
     def pad(self, count: int) -> None:
         """A sequence of padding alone."""
@@ -142,6 +146,7 @@ def make_micro_batch(
     further_rows_M, further_targets_M, _ = _held(
         packed, on_device([laid.rows[i] - 1 for i in further]), on_device([laid.targets[i] for i in further])
     )
+    end_rows_E, _, select_E = _held(packed, on_device(laid.ends), on_device(laid.ends))
     if packed.local is not None:
         tokens_T, positions_T, owners_T = (part[packed.local] for part in (tokens_T, positions_T, owners_T))
     packed.owners = owners_T
@@ -157,6 +162,8 @@ def make_micro_batch(
         select_L=select_L,
         further_rows_M=further_rows_M,
         further_targets_M=further_targets_M,
+        end_rows_E=end_rows_E,
+        select_E=select_E,
         sequence_R=on_device(laid.owners),
         samples=tuple(samples),
         num_responses=tuple(sequence.num_response for sequence in chosen),

@@ -44,13 +44,20 @@ class MegatronPolicy:
     """A Megatron model with its optimizer on this rank's part of the layout."""
 
     def __init__(
-        self, fields: HfFields, groups: Groups, options: ModelOptions, adam: AdamSettings, *, temperature: float = 1.0
+        self,
+        fields: HfFields,
+        groups: Groups,
+        options: ModelOptions,
+        adam: AdamSettings | None,
+        *,
+        temperature: float = 1.0,
     ) -> None:
+        """Without `adam` it can be asked but not trained, and holds no gradients."""
         self.fields, self.groups = fields, groups
         self.temperature = temperature
         self.chunks = build_chunks(fields, groups, options)
         self.sharded = ShardedModel(self.chunks, fields, groups, options.layer_spec)
-        self._wrapped = wrap(self.chunks, groups, adam, self._note_expert_load)
+        self._wrapped = wrap(self.chunks, groups, adam, self._note_expert_load) if adam else self.chunks
         self._adam = adam
         self.optimizer: MegatronOptimizer | None = None  # from `load` on
         self.trains_trunk_further = True  # whether the loss two tokens ahead also reaches the model below
@@ -67,7 +74,8 @@ class MegatronPolicy:
     def load(self, source: TensorSource) -> None:
         """Fill the parameters from a source of Hugging Face tensors, and take up the optimizer's state on them."""
         self.sharded.fill(source)
-        self.optimizer = make_optimizer(self._wrapped, self._adam)
+        if self._adam:
+            self.optimizer = make_optimizer(self._wrapped, self._adam)
 
     def load_distributed(self, path: Path, *, trains: bool = True) -> None:
         """Fill the parameters from a distributed checkpoint that `save` or a conversion wrote. Instead of `load`."""
@@ -194,7 +202,7 @@ class MegatronPolicy:
         """Have the weights here and up to date before they are read: back from host memory, and gathered where the last
         optimizer step left that to the next forward pass."""
         self.take_back(only_weights=True)
-        if self._adam.overlap_param_gather:
+        if self._adam and self._adam.overlap_param_gather:
             for wrapped in self._wrapped:
                 wrapped.disable_forward_pre_hook(param_sync=True)
                 wrapped.enable_forward_pre_hook()

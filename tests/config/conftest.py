@@ -22,7 +22,7 @@ from r1mega.config.schema import Config
 
 MODEL = {
     "model_type": "deepseek_v3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "kv_lora_rank": 16,
+    "num_attention_heads": 4, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "kv_lora_rank": 16,
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 8,
     "n_shared_experts": 1, "routed_scaling_factor": 2.5, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
     "first_k_dense_replace": 1, "num_key_value_heads": 4,
@@ -42,6 +42,10 @@ class Inputs:
         self.qa.write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": "2+2?", "answer": 4}\n')
         self.sft = place / "sft.jsonl"
         self.sft.write_text('{"prompt": "1+1?", "response": "2"}\n')
+        self.pairs = place / "pairs.jsonl"
+        self.pairs.write_text('{"prompt": "1+1?", "chosen": "2", "rejected": "3"}\n')
+        self.labels = place / "labels.jsonl"
+        self.labels.write_text('{"prompt": "1+1?", "response": "2", "label": "safe"}\n')
         self.run = place / "run"
 
     def write_model(self, **changes: object) -> None:

@@ -30,6 +30,10 @@ COMPANIONS = {
     ("data", "sft"): [("stage", "sft")],
     **{("stage", name): [("data", "sft")] for name in ("sft", "cold_start_sft", "sft_800k", "distill")},
     ("stage", "evaluate"): [("benchmark", "file")],
+    ("stage", "reward_model_helpful"): [("data", "pairs")],
+    ("stage", "reward_model_safety"): [("data", "labels")],
+    ("data", "pairs"): [("stage", "reward_model_helpful")],
+    ("data", "labels"): [("stage", "reward_model_safety")],
     **{("sft", name): [*SFT, V3] for name in options()["sft"]},
     **{("parallel", name): [V3] for name in options()["parallel"] if "ep32" in name or "ep64" in name or "ep8" in name},
     ("parallel", "tp2_cp4"): [("model", "r1_distill_qwen_1_5b")],
@@ -37,7 +41,7 @@ COMPANIONS = {
     ("parallel", "tp4_pp2"): [("model", "r1_distill_qwen_7b")],
     **{("parallel", f"tp8{rest}"): [("model", "qwen2_5_32b")] for rest in ("", "_dp2", "_pp2_dp2", "_pp2_dp4")},
     ("parallel", "tp8_pp4_dp2"): [("model", "r1_distill_llama_70b")],
-    ("reward", "all_scenario_rl"): [("algo", "r1_reasoning")],
+    ("reward", "all_scenario_rl"): [("algo", "r1_reasoning"), V3, GPU],
     ("sglang", "r1_671b"): [V3, GPU, ("rollout", "sglang")],
     ("sglang", "tp8_turns"): [GPU, ("rollout", "sglang")],
     ("precision", "fp8"): [GPU, V3],
@@ -59,7 +63,7 @@ def faults_of(config: Config, inputs) -> list[str]:
 
     What needs GPUs, or a published model, is checked as for another machine.
     """
-    train = inputs.sft if config.data.format == "sft" else inputs.qa
+    train = getattr(inputs, str(config.data.format))
     data = replace(config.data, train=str(train), eval=str(inputs.qa) if config.data.eval else None)
     model = replace(config.model, hf=str(inputs.model))
     run, sglang = replace(config.run, dir=str(inputs.run)), replace(config.sglang, python=sys.executable)

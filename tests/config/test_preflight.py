@@ -105,8 +105,8 @@ def test_a_held_out_file_is_read_too(faults: Callable[..., list[str]], inputs) -
 
 
 def test_responses_longer_than_the_model_reads(faults: Callable[..., list[str]]) -> None:
-    assert faults("rollout.max_tokens=5000") == [
-        "rollout.max_tokens: got 5000; must be at most max_position_embeddings=4096; "
+    assert faults("rollout.max_tokens=9000") == [
+        "rollout.max_tokens: got 9000; must be at most max_position_embeddings=8192; "
         "lower it or use a model for longer texts"
     ]
 

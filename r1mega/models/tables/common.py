@@ -8,6 +8,9 @@ from dataclasses import replace
 from r1mega.models.hf_fields import HfFields
 from r1mega.models.param_map import QKV, Cut, GateUp, HfTensor, Slot, Vocabulary, Whole
 
+SCORE = "score.weight"
+"""What transformers' *ForSequenceClassification calls the head of a reward model."""
+
 
 def embedding(fields: HfFields, *aliases: str) -> Slot:
     """The embedding; `aliases` are other names it goes by in the checkpoint."""
@@ -22,12 +25,18 @@ def embedding(fields: HfFields, *aliases: str) -> Slot:
 
 
 def head(fields: HfFields, alias: str | None = None) -> Iterator[Slot]:
-    """The final norm and the output table; a tied table is the embedding's, held again by the last stage."""
+    """The final norm and the output table; a tied table is the embedding's, held again by the last stage.
+
+    A reward model has a row that gives the score instead, on every tensor rank.
+    """
     hidden, vocab = fields["hidden_size"], fields["vocab_size"]
     norm = HfTensor("model.norm.weight", (hidden,), "norm")
     final = Slot("decoder.final_layernorm.weight", (norm,), Whole(), axis=None, place="last")
     # Where a multi-token-prediction layer follows, Megatron keeps the norm with the last decoder layer.
     yield replace(final, place="layer", layer=fields["num_hidden_layers"] - 1) if fields.num_mtp_layers else final
+    if fields.has_score:
+        yield Slot("output_layer.weight", (HfTensor(SCORE, (1, hidden)),), Whole(), axis=None, place="last")
+        return
     tied = fields["tie_word_embeddings"]
     source = "model.embed_tokens.weight" if tied else "lm_head.weight"
     yield Slot(
