@@ -2,7 +2,7 @@
 #           [ROLLOUT=embedded|sglang]               ... with the real SGLang as the engine
 # make test                                        lint, import layers and all tests
 # make sglang-cpu                                  the environment of the real SGLang on a machine without a GPU
-# make lint | venv | snapshots | clean
+# make lint | venv | sandbox | snapshots | clean
 # Each makes its virtual environment first where there is none. PY=/path/to/python uses an environment of yours instead.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
