@@ -18,9 +18,9 @@ _CALL = {"function", "arguments", "output"}
 def read_facts(place: str, row: Mapping[str, Any], answer_key: str) -> dict[str, Any]:
     """The fields of a Prompt besides id and question. Raises ValueError naming `place` for what is missing or wrong.
 
-    Keys of the row: `answer_key` (text, a number, or a list of answers that are all right; none is needed for the
-    domains code, general, helpful and harmless), `domain` (math where it is left out), `options` (4 to 8 texts for stem and choice; logic
-    may have them), `tests` (for code), `language` (to think in).
+    Keys of the row: `answer_key` (text, a number, or a list of answers that are all right; the domains code, general,
+    helpful and harmless need none), `domain` (math where it is left out), `options` (4 to 8 texts for stem and choice;
+    logic may have them), `tests` (for code), `language` (to think in).
     """
     domain = row.get("domain", "math")
     if domain not in DOMAINS:

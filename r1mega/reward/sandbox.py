@@ -96,7 +96,7 @@ def open_sandbox(kind: str) -> Sandbox:
 
 
 class Bubblewrap:
-    """bwrap, found on PATH. Raises SandboxError where it is not installed."""
+    """bwrap, found on PATH. Raises SandboxError where it is not installed, or the architecture is unknown."""
 
     def __init__(self) -> None:
         found = shutil.which("bwrap")
@@ -107,6 +107,12 @@ class Bubblewrap:
                 "the network"
             )
         self._bwrap = found
+        try:
+            self._filter = seccomp_filter()
+        except ValueError as error:
+            raise SandboxError(
+                f"reward.sandbox: got bubblewrap; {error}; set reward.sandbox={UNSAFE_RLIMITS}"
+            ) from error
 
     def run(self, argv: Sequence[str], stdin: bytes, files: Mapping[str, File], limits: Limits) -> Outcome:
         """See Sandbox."""
@@ -117,7 +123,7 @@ class Bubblewrap:
                 descriptors.append(stack.enter_context(_in_memory(file.content)))
                 mode = "0555" if file.executable else "0444"
                 arguments += ["--perms", mode, "--file", str(descriptors[-1]), f"{BOX}/{name}"]
-            descriptors.append(stack.enter_context(_in_memory(seccomp_filter())))
+            descriptors.append(stack.enter_context(_in_memory(self._filter)))
             command = [
                 self._bwrap,
                 *_namespaces(limits),

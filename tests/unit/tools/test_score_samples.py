@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from r1mega.reward.sandbox import SandboxError, open_sandbox
 
 PROGRAM = Path(__file__).resolve().parents[3] / "tools" / "score_samples.py"
 HANGING = "<answer> 9^{9^{9^9}} </answer>"
@@ -54,8 +55,10 @@ def test_maths_in_order_with_a_line_that_hangs(tmp_path: Path) -> None:
 
 
 def test_code(tmp_path: Path) -> None:
-    if shutil.which("bwrap") is None:
-        pytest.skip("no bwrap on PATH")
+    try:
+        open_sandbox("bubblewrap")
+    except SandboxError as error:
+        pytest.skip(str(error))
     tests = [{"input": "2", "output": "4"}, {"input": "3", "output": "6"}]
     rows = [
         {"response": f"```python\n{source}\n```", "tests": tests} for source in ("print(int(input()) * 2)", "print(4)")
@@ -101,8 +104,6 @@ def test_a_bad_line_is_one_clear_error(
 def test_a_missing_file_and_a_missing_sandbox(
     tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from r1mega.reward.sandbox import open_sandbox
-
     assert program.main(["--reward", "math", "--input", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl: no such file" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
