@@ -2,12 +2,8 @@
 #           [ROLLOUT=embedded|sglang]               ... with the real SGLang as the engine
 # make test                                        lint, import layers and all tests
 # make sglang-cpu                                  the environment of the real SGLang on a machine without a GPU
-<<<<<<< HEAD
 # make slurm-test-env                              Slurm for its tests, where this is root on Debian or Ubuntu
-# make lint | venv | snapshots | clean
-=======
 # make lint | venv | sandbox | snapshots | clean
->>>>>>> rewards
 # Each makes its virtual environment first where there is none. PY=/path/to/python uses an environment of yours instead.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from r1mega.benchmark.answers import answer_letter, answer_line, choice, drop_f1, same_words
+from r1mega.reward.code import CodeLimits, code_passes
 from r1mega.reward.math import accuracy, extract_answer, prepare_accuracy, quick_accuracy
 from r1mega.types import Prompt, Score
 
+_LIMITS = CodeLimits()
 NONE = "none"  # responses are kept, and graded elsewhere
-_CODE = "r1mega.reward.code"
 Scoring = Callable[[Prompt, str], Score]
 
 
@@ -49,26 +48,16 @@ def _not_quickly(_prompt: Prompt, _text: str) -> Score | None:
 
 
 def grader(name: str) -> Grader | None:
-    """The grader of a name; None where there is none, see `why_absent`."""
-    if name == "code" and why_absent(name) is None:
-        # Not imported with this module: an evaluation of mathematics needs neither compilers nor a sandbox.
-        code = importlib.import_module(_CODE)
-        limits = code.CodeLimits()
-        reward = partial(partial, code.code_passes, limits=limits)
-        return Grader(reward, _not_quickly, None, _never, "tests", seconds=limits.hard_seconds)
+    """The grader of a name; None where there is none."""
     return _GRADERS.get(name)
-
-
-def why_absent(name: str) -> str | None:
-    """Why a grader cannot run here; None where it can."""
-    if name == "code" and importlib.util.find_spec(_CODE) is None:
-        return f"{_CODE} is not part of this installation"
-    return None
 
 
 _GRADERS: dict[str, Grader] = {
     "math": Grader(lambda: accuracy, quick_accuracy, extract_answer, None, "answer", prepare=prepare_accuracy),
     "choice": Grader(lambda: choice, choice, answer_letter, _never, "options"),
+    "code": Grader(
+        lambda: partial(code_passes, limits=_LIMITS), _not_quickly, None, _never, "tests", seconds=_LIMITS.hard_seconds
+    ),
     "drop": Grader(lambda: drop_f1, drop_f1, answer_line, same_words, "answer"),
 }
 

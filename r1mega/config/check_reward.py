@@ -40,7 +40,7 @@ def check_rewards(config: Config) -> Iterator[Fault]:
     if reward.workers == 0 and reward.sandbox is Sandbox.unsafe_rlimits:
         constraint = "without a worker, what programs leave behind cannot be told from the trainer's own processes"
         yield Fault("reward.sandbox", str(reward.sandbox), constraint, "set reward.workers or use bubblewrap")
-    longest = config.rollout.max_tokens
+    longest = min([config.rollout.max_tokens, *(change[-1] for change in config.rollout.max_tokens_from if change)])
     if reward.length > 0 and reward.length_buffer > longest:
         constraint = f"must be at most rollout.max_tokens={longest}, or every response is penalised"
         yield Fault(

@@ -50,8 +50,8 @@ def written(config: Config, fields: HfFields) -> list[Written]:
         found.append(Written("checkpoint.every", "checkpoints", run_dir, kept, each))
     updates = config.algo.updates if config.stage.loop is Loop.rl else config.sft.updates
     exports = int(config.export.hf)
-    if config.export.every > 0 and not is_resumed:
-        exports += updates // config.export.every
+    if config.export.every > 0 and not is_resumed and config.stage.loop is not Loop.reward_model:
+        exports += updates // config.export.every  # a reward model is exported at its end alone
     if exports:
         found.append(Written("export.hf", "exports", run_dir, exports, 2 * count))
     sglang = config.sglang

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1mega.benchmark import graders, rating, rows
+from r1mega.benchmark import rating, rows
 from r1mega.benchmark.rows import Problem
 from r1mega.config import checkpoint_files
 from r1mega.config.check import check
@@ -68,10 +68,6 @@ def _required(config: Config) -> list[Problem]:
     if config.stage.loop is not Loop.evaluate:
         constraint = "r1mega evaluate has a stage of its own"
         faults.append(Fault("stage.loop", str(config.stage.loop), constraint, "leave stage= out"))
-    why_not = graders.why_absent(str(config.benchmark.grader))
-    if why_not is not None and not any(isinstance(f, Fault) and f.field == "benchmark.grader" for f in faults):
-        remedy = "use another grader, or keep the responses with benchmark.grader=none"
-        faults.append(Fault("benchmark.grader", str(config.benchmark.grader), why_not, remedy))
     if config.model.hf and Path(config.model.hf).is_dir():
         faults += _model_faults(config)
     if faults:
@@ -80,6 +76,7 @@ def _required(config: Config) -> list[Problem]:
         problems = wire_evaluate.problems_of(config)
         faults = [*_prompt_faults(config, problems), *_contest_faults(config, problems)]
         faults += late_checks.check_sglang(config)
+        faults += late_checks.check_sandbox(any(problem.tests for problem in problems), config)
         if not checkpoint_files.is_megatron(Path(config.model.hf)) and not _is_fp8(config):
             faults += late_checks.check_tensors(config)
     except ValueError as error:

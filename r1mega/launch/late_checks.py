@@ -49,7 +49,7 @@ def check_tokens(config: Config) -> list[str]:
         prompts = tokenize_prompts(rows, tokenizer, template, data.max_prompt_tokens)
         faults += _check_vocabulary((prompt.token_ids for prompt in prompts), fields)
         faults += _check_positions(prompts, config, fields)
-        faults += _check_sandbox(prompts, config)
+        faults += check_sandbox(any(prompt.tests for prompt in prompts), config)
     asked = [*files[0], *(files[-1] if data.general is not None else ())]
     return faults + _check_judged(asked, config)
 
@@ -65,9 +65,9 @@ def _check_judged(prompts: Sequence[Prompt], config: Config) -> list[str]:
     ]
 
 
-def _check_sandbox(prompts: Sequence[Prompt], config: Config) -> list[str]:
+def check_sandbox(has_programs: bool, config: Config) -> list[str]:
     """Where there are programs to judge, the place to run them works: on this machine, at least."""
-    if not any(prompt.tests for prompt in prompts):
+    if not has_programs:
         return []
     from r1mega.reward.sandbox import SandboxError, open_sandbox
 

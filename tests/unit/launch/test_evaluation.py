@@ -77,10 +77,18 @@ def test_what_has_no_grader_here_says_what_to_run(config: Config) -> None:
     evaluation.prepare(config)
 
 
-def test_code_is_refused_where_nothing_runs_tests(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    config.benchmark.grader = choices.GraderName.code
-    monkeypatch.setattr(evaluation.graders, "_CODE", "r1mega.reward.absent")
-    assert "benchmark.grader: got code; r1mega.reward.absent is not part of this installation" in refused(config)
+def test_code_is_refused_where_nothing_runs_tests(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from r1mega.reward import sandbox
+
+    def absent(_kind: str) -> None:
+        raise sandbox.SandboxError("reward.sandbox: got bubblewrap; bwrap is not here")
+
+    config.benchmark.grader, config.benchmark.data = choices.GraderName.code, str(tmp_path / "code.jsonl")
+    (tmp_path / "code.jsonl").write_text('{"question": "echo", "tests": [{"input": "1", "output": "1"}]}\n')
+    monkeypatch.setattr(sandbox, "open_sandbox", absent)
+    assert "bwrap is not here" in refused(config)
 
 
 @pytest.mark.parametrize(
