@@ -48,10 +48,9 @@ def written(config: Config, fields: HfFields) -> list[Written]:
         # An old one is removed when a newer one is whole.
         kept = 1 if is_resumed else checkpoint.keep_newest + checkpoint.keep_best + 1
         found.append(Written("checkpoint.every", "checkpoints", run_dir, kept, each))
-    updates = config.algo.updates if config.stage.loop is Loop.rl else config.sft.updates
     exports = int(config.export.hf)
-    if config.export.every > 0 and not is_resumed and config.stage.loop is not Loop.reward_model:
-        exports += updates // config.export.every  # a reward model is exported at its end alone
+    if config.export.every > 0 and not is_resumed:
+        exports += _updates(config) // config.export.every
     if exports:
         found.append(Written("export.hf", "exports", run_dir, exports, 2 * count))
     sglang = config.sglang
@@ -61,6 +60,15 @@ def written(config: Config, fields: HfFields) -> list[Written]:
         each = served * count
         found.append(Written("sglang.weights_dir", "published weights", _shelf(config), _SERVED_VERSIONS, each))
     return found
+
+
+def _updates(config: Config) -> int:
+    """Optimizer steps of the run; those of a reward model follow from its rows, nearly one a line."""
+    if config.stage.loop is Loop.reward_model:
+        settings = config.reward_model
+        with open(config.data.train, encoding="utf-8") as lines:
+            return sum(1 for _ in lines) * settings.epochs // settings.batch_size
+    return config.algo.updates if config.stage.loop is Loop.rl else config.sft.updates
 
 
 def check_disk(config: Config, fields: HfFields, free_of: Callable[[Path], int] = free_bytes) -> Iterator[Fault]:
