@@ -15,7 +15,7 @@ from r1mega.config.check_plan import PLAN_BOUNDS
 from r1mega.config.check_reward import REWARD_BOUNDS, check_rewards
 from r1mega.config.check_reward_model import REWARD_MODEL_BOUNDS, check_reward_models
 from r1mega.config.check_schedule import check_schedule
-from r1mega.config.check_slurm import check_slurm
+from r1mega.config.check_slurm import SLURM_BOUNDS, check_slurm
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
 from r1mega.config.choices import (
     GENERATING_LOOPS,
@@ -128,6 +128,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
         )
     ),
     *PLAN_BOUNDS,
+    *SLURM_BOUNDS,
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,15 @@ from r1mega.config.choices import DeviceType, EngineKind, Loop, Scheduler
 from r1mega.config.faults import Fault
 from r1mega.config.schema import Config
 
-_AT_LEAST = {"signal_seconds": 1, "max_requeues": 0, "cpus_per_task": 1, "engine_nodes": 0, "min_disk_gib": 0}
-_ABOVE_0 = ("rendezvous_minutes", "probe_seconds")
+SLURM_BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
+    ("slurm.signal_seconds", ((">=", 1),)),
+    ("slurm.max_requeues", ((">=", 0),)),
+    ("slurm.cpus_per_task", ((">=", 1),)),
+    ("slurm.engine_nodes", ((">=", 0),)),
+    ("slurm.min_disk_gib", ((">=", 0),)),
+    ("slurm.rendezvous_minutes", ((">", 0),)),
+    ("slurm.probe_seconds", ((">", 0),)),
+)
 # Minutes, minutes:seconds, hours:minutes:seconds, and each of the last two, or hours alone, after days (sbatch --time).
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 _OWN = ("--nodes", "--ntasks-per-node", "--output", "--error", "--chdir", "--signal", "--requeue", "--no-requeue")
@@ -20,16 +26,8 @@ _OWN_SHORT = re.compile(r"-[NnoeDt]\b|-[NnoeDt]\d")
 
 
 def check_slurm(config: Config) -> Iterator[Fault]:
-    """Bounds of the section, whatever starts the run."""
+    """Rules of the section besides the bounds, whatever starts the run."""
     slurm = config.slurm
-    for name, least in _AT_LEAST.items():
-        value = getattr(slurm, name)
-        if value is not None and not value >= least:
-            yield Fault(f"slurm.{name}", str(value), f"must be >= {least}", f"set slurm.{name} accordingly")
-    for name in _ABOVE_0:
-        value = getattr(slurm, name)
-        if not (math.isfinite(value) and value > 0):
-            yield Fault(f"slurm.{name}", str(value), "must be > 0", f"set slurm.{name} accordingly")
     if slurm.time_limit is not None and not _TIME.fullmatch(slurm.time_limit):
         constraint = "must be a time as sbatch --time takes it"
         yield Fault("slurm.time_limit", slurm.time_limit, constraint, "write it as HOURS:MINUTES:SECONDS, quoted")

@@ -120,7 +120,7 @@ def _gpu(machine: Machine) -> Iterator[Piece]:
     yield _piece("nccl", torch.get("nccl"), "torch's own", True, False, "device=cuda with more than one process", _CUDA)
     engine, pin = machine.version("transformer-engine"), PINNED["transformer-engine"]
     costs = "device.layer_spec=te, precision=fp8, precision.moments=bf16, parallel.cp > 1 on te"
-    install = f"pip install --no-build-isolation 'transformer-engine[pytorch]=={pin}'   # wants nvcc and cuDNN"
+    install = f"pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]=={pin}'  # wants nvcc, cuDNN"
     yield _piece("transformer-engine", engine, pin, _bare(engine) == pin, False, costs, install)
     yield _apex(machine)
     flash = machine.version("flash-attn")

@@ -45,7 +45,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["data.train={sft}"], ["data.train"]),
     (["data.format=sft", "data.train={sft}"], ["data.format"]),
     ([*SFT, "data.eval={qa}", "sft.batch_size=1", "parallel.dp=2"], ["data.eval", "sft.batch_size"]),
-    ([*SFT, "sft.max_length=5000", "sft.max_tokens_per_micro_batch=4000"], ["sft.max_length", "sft.max_length"]),
+    ([*SFT, "sft.max_length=9000", "sft.max_tokens_per_micro_batch=4000"], ["sft.max_length", "sft.max_length"]),
     ([*SFT, "optim.min_lr=1", "optim.warmup_updates=101"], ["optim.min_lr", "optim.warmup_updates"]),
     (["algo.updates_per_round=5", "algo.questions_per_round=3"], ["algo.updates_per_round"]),
     (["algo.updates_per_round=16", "algo.updates=100"], ["algo.updates"]),
@@ -54,8 +54,8 @@ BAD: list[tuple[list[str], list[str]]] = [
         ["checkpoint.every", "algo.reference_refresh"],
     ),
     (["algo.questions_per_round=1", "parallel.dp=32"], ["algo.updates_per_round"]),
-    (["rollout.max_tokens=5000"], ["rollout.max_tokens"]),
-    (["rollout.max_tokens_from=[[50,5000]]"], ["rollout.max_tokens_from"]),
+    (["rollout.max_tokens=9000"], ["rollout.max_tokens"]),
+    (["rollout.max_tokens_from=[[50,9000]]"], ["rollout.max_tokens_from"]),
     (["rollout.max_tokens_from=[[100,2000],[0,7]]"], ["rollout.max_tokens_from"] * 2),
     (
         ["rollout.max_tokens_from=[[50,3500]]", "algo.max_tokens_per_micro_batch=3600"],
@@ -64,7 +64,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["data.general={qa}", "data.general_share=1"], ["data.general_share", "data.general"]),
     (
         ["data.general={run}/none.jsonl", "reward.helpful=1", "reward.preference_from=100"],
-        ["reward.preference_from", "data.general"],
+        ["reward.preference_from", "data.general", "reward.helpful_model"],
     ),
     (["reward.accuracy=0", "reward.format=0"], ["reward"]),
     (["rollout.engine=sglang", "sglang.python={run}/python"], ["sglang.python"]),

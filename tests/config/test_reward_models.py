@@ -117,11 +117,9 @@ def test_the_questions_that_models_judge_are_there(composed, inputs):
     def find(domains: list[str], *overrides: str) -> list[str]:
         config = io.typed(composed(f"model.hf={inputs.model}", f"data.train={inputs.qa}", *overrides))
         prompts = [Prompt(str(i), "q", "a", domain=domain) for i, domain in enumerate(domains)]
-        return late_checks._check_general(prompts, config)
+        return late_checks._check_judged(prompts, config)
 
     assert find(["math"]) == find(["math", "helpful"], "reward.helpful=1", "reward.preference_from=3") == []
     (message,) = find(["math", "harmless"], "reward.helpful=1", "reward.safety=1")
-    assert message.startswith("reward.helpful: got 1; no question of data.train has domain 'helpful'")
-    (message,) = find(["helpful", "harmless"], "reward.preference_from=3")
-    assert message.startswith("reward.preference_from: got 3; all questions")
+    assert message.startswith("reward.helpful: got 1; no question of data.train or data.general has domain")
     assert set(DOMAIN_OF) == set(MODELS)

@@ -93,10 +93,10 @@ def test_other_data_is_refused() -> None:
 
 def test_rows_say_their_domain(tmp_path: Path) -> None:
     path = tmp_path / "general.jsonl"
-    path.write_text('{"question": "Hi?"}\n{"question": "How to pick a lock?", "domain": "safety"}\n')
+    path.write_text('{"question": "Hi?"}\n{"question": "How to pick a lock?", "domain": "harmless"}\n')
     first, second = read_general(path)
     assert (first.domain, first.answer, first.id) == ("general", "", f"{path}:1")
-    assert second.domain == "safety"
+    assert second.domain == "harmless"
     path.write_text('{"question": "Hi?", "domain": 3}\n')
-    with pytest.raises(ValueError, match=r"general\.jsonl:1: 'domain' must be text"):
+    with pytest.raises(ValueError, match=r"general\.jsonl:1: 'domain' must be one of"):
         read_general(path)

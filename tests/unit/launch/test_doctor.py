@@ -162,7 +162,7 @@ REPO = Path(__file__).resolve().parents[3]
 def test_the_pins_are_those_of_setup_and_of_the_container() -> None:
     setup, recipe = (REPO / "setup.cfg").read_text(), (REPO / "slurm" / "Dockerfile").read_text()
     for name, version in PINNED.items():
-        asked = f"{name}[pytorch]=={version}" if name == "transformer-engine" else f"{name}=={version}"
+        asked = f"{name}[core_cu13,pytorch]=={version}" if name == "transformer-engine" else f"{name}=={version}"
         assert asked in recipe, f"slurm/Dockerfile has not {asked}"
         if not name.startswith("sglang"):  # in an environment of its own
             assert asked in setup, f"setup.cfg has not {asked}"

@@ -100,8 +100,6 @@ def test_what_is_left_out_leaves_a_sound_script(tmp_path: Path) -> None:
         ({"slurm": SlurmConfig(extra=["constraint=h100"])}, "slurm.extra: got constraint=h100; must be one option"),
         ({"slurm": SlurmConfig(extra=["--nodes=4"])}, "slurm.extra: got --nodes=4; the job's script decides this one"),
         ({"slurm": SlurmConfig(extra=["-N 4"])}, "slurm.extra: got -N 4; the job's script decides this one"),
-        ({"slurm": SlurmConfig(probe_seconds=0)}, "slurm.probe_seconds: got 0; must be > 0"),
-        ({"slurm": SlurmConfig(signal_seconds=0)}, "slurm.signal_seconds: got 0; must be >= 1"),
         ({"slurm": SlurmConfig(partition="a b")}, "slurm.partition: got 'a b'; must be one word"),
     ],
 )  # fmt: skip

@@ -50,7 +50,8 @@ def sample(text: str, score: Score | None = None) -> Sample:
 def run_of(models: dict, *, update: int = 5, **weights) -> SimpleNamespace:
     return SimpleNamespace(
         config=SimpleNamespace(
-            reward=RewardConfig(**weights), algo=SimpleNamespace(max_tokens_per_micro_batch=16)
+            reward=RewardConfig(**{"max_failed_share": 1.0} | weights),
+            algo=SimpleNamespace(max_tokens_per_micro_batch=16),
         ),
         state=SimpleNamespace(update=update),
         reward_models=models,
