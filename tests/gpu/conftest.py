@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parents[2]
 # Widths that FP8 products divide, and enough of them that a loss means something.
 WIDE = {
     "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "q_lora_rank": 64, "kv_lora_rank": 48,
-    "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32,
+    "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "initializer_range": 0.02,
 }  # fmt: skip
 
 

@@ -21,8 +21,10 @@ def test_transformer_engine_trains_as_the_torch_layers_do(sft_losses):
 
 
 def test_fp8_trains_as_bf16_does(sft_losses):
-    """DeepSeek-V3 section 3.3 reports a relative loss error below 0.25%."""
-    bf16, found = sft_losses(*TE), sft_losses("precision=fp8", "device.layer_spec=te")
+    """DeepSeek-V3 section 3.3 reports a relative loss error below 0.25%. At three times this learning rate the model
+    learns the lines' period within the fifty updates, and what decides when is chance."""
+    gentle = "optim.lr=3e-4"
+    bf16, found = sft_losses(*TE, gentle), sft_losses("precision=fp8", "device.layer_spec=te", gentle)
     assert sum(found) == pytest.approx(sum(bf16), rel=0.0025)
     assert found != bf16
 
