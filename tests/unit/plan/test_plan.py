@@ -13,9 +13,8 @@ import pytest
 
 from r1mega import cli
 from r1mega.models import hf_fields
-from r1mega.models.hf_fields import HfFields
 from r1mega.parallel.layout import Layout
-from r1mega.plan import held, run, suggest
+from r1mega.plan import held, run
 
 REPO = Path(__file__).resolve().parents[3]
 V3_512 = [
@@ -27,26 +26,14 @@ V3_512 = [
 ]  # fmt: skip
 
 
-_TABLES: dict[str, held.Table] = {}
-
-
-def table_of(fields: HfFields) -> held.Table:
-    """The table of a model, made once: DeepSeek-V3's has 31,016 rows."""
-    key = json.dumps([fields.values, fields.num_mtp_layers], sort_keys=True)
-    if key not in _TABLES:
-        _TABLES[key] = held.Table(fields)
-    return _TABLES[key]
-
-
 @pytest.fixture
 def by_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table instead of Megatron, which says the same (test_held) and takes longer."""
 
     def from_table(fields, layout, *, freezes_mtp, on_stage):
-        return table_of(fields).held(layout, freezes_mtp=freezes_mtp)
+        return held.table_of(fields).held(layout, freezes_mtp=freezes_mtp)
 
     monkeypatch.setattr(run.holdings, "from_megatron", from_table)
-    monkeypatch.setattr(suggest, "Table", table_of)
 
 
 @pytest.fixture
