@@ -1,0 +1,57 @@
+"""Every experiment at full scale on the cluster that it ships with: it fits, and takes what docs/plan.md says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "plan.md"
+SMALL = {"toy", "toy_base", "toy_sglang", "r1_zero_gsm8k"}  # for the machine that they run on
+
+
+def documented() -> dict[str, list[str]]:
+    """experiment -> the cells of its row in docs/plan.md."""
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", DOCS.read_text("utf-8"), re.MULTILINE)
+    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+
+
+def test_the_table_has_every_experiment():
+    from r1mega.config.registry import options
+
+    assert set(documented()) == set(options()["experiment"]) - SMALL
+
+
+@pytest.mark.parametrize("name", list(documented()))
+def test_it_fits_its_own_cluster(planned, name):
+    code, out, err = planned(f"experiment={name}", "plan.format=json")
+    assert code == 0, err or json.loads(out)["misfits"]
+    found = json.loads(out)
+    peak = found["device_peak"]
+    number = f"{found['seconds_per_update']:,.0f}" if found["seconds_per_update"] >= 10 else None
+    said = number or f"{found['seconds_per_update']:.1f}"
+    assert documented()[name] == [
+        str(found["num_gpus"]), peak["phase"], f"{peak['bytes'] / 2**30:.1f}", f"{found['updates']:,}", said,
+    ]  # fmt: skip
+    assert found["fits"] and found["headroom_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "phase"),
+    [
+        (["experiment=r1_zero", "sglang=r1_671b", "rollout.engines=16"], "checkpoint"),
+        (["experiment=sft_800k", "parallel.overlap_grad_reduce=false"], "checkpoint"),
+        (["experiment=r1_zero", "memory.offload=false"], "rollout"),
+        (["experiment=evaluate_r1", "sglang.memory_fraction=0.6"], "rollout"),
+    ],
+)
+def test_what_they_were_changed_for(planned, monkeypatch, overrides, phase):
+    """Without a lever that a comment in conf/ gives a reason for, it does not fit."""
+    from r1mega.plan import run
+
+    monkeypatch.setattr(run, "suggestions", lambda _found: [])
+    code, out, _ = planned(*overrides, "plan.format=json")
+    assert code == 1
+    assert any(line.startswith(f"{phase}: ") for line in json.loads(out)["misfits"])
