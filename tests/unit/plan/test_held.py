@@ -53,7 +53,7 @@ def test_every_coordinate_is_megatrons_and_all_add_up(layout, ranks, has_mtp):
 
 def test_one_stage_is_megatrons_in_every_run_of_the_tests():
     """The last stage of V3's own 16 x 64 cut over 2,048 ranks: a layer of experts, the head, and the layer that
-    predicts further. The first has three dense layers besides, and takes longer (the extended tests ask for all stages)."""
+    predicts further. The extended tests ask for all stages."""
     found = asked(f"pp=16,ep=64,dp=128,{FOURS}", "--mtp", "--stage=15")
     assert found["stages"] == [15] and found["wrong"] == [] and found["table_agrees"]
     assert found["gate_biases"] == 256 + MTP_GATE_BIASES
