@@ -114,6 +114,8 @@ def _of_training(config: Config) -> Iterator[Change]:
         yield _set("precision", moments=ParamDtype.bf16)
     if config.device.layer_spec is LayerSpec.torch and config.device.type is DeviceType.cuda:
         yield _set("device", layer_spec=LayerSpec.te)
+    if config.checkpoint.every and not parallel.overlap_grad_reduce:  # optimizer state is gathered by bucket
+        yield _set("parallel", overlap_grad_reduce=True)
     section = {Loop.sft: "sft", Loop.reward_model: "reward_model"}.get(config.stage.loop, "algo")
     limit, longest = getattr(config, section).max_tokens_per_micro_batch, _longest(config)
     if limit // 2 >= longest:
@@ -153,12 +155,13 @@ def _more_machines(config: Config, factor: int) -> Change:
 
 
 def _wider_servers(config: Config) -> Change:
-    """Half as many of twice the ranks."""
+    """Half as many of twice the ranks; experts and their copies together stay what `ep` divides."""
     sglang = config.sglang
     wider = _set(
         "sglang",
         tp=sglang.tp * 2,
         ep=sglang.ep * 2 if sglang.ep > 1 else 1,
+        redundant_experts=sglang.redundant_experts * 2,
         nodes_per_engine=max(sglang.nodes_per_engine, -(-sglang.tp * 2 // config.cluster.gpus_per_node)),
     )
     return _both(wider, _set("rollout", engines=max(1, config.rollout.engines // 2)))
