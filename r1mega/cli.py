@@ -59,7 +59,12 @@ def plan(arguments: Sequence[str]) -> int:
         return 0
     if arguments and arguments[0] == "search":
         return _for_each_composed("plan", arguments[1:], lambda config: _planner("search").search(config))
-    return _for_each_composed("plan", arguments, lambda config: _planner("run").plan(config))
+    return _for_each_composed("plan", arguments, _plan_one)
+
+
+def _plan_one(config: Config) -> int:
+    """What the launcher would say of the run, were it started somewhere else, belongs to a plan's faults."""
+    return _planner("run").plan(config, _launcher("preflight").find(config, here=False))
 
 
 PLAN_HELP = """\

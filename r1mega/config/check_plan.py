@@ -11,6 +11,7 @@ PLAN_BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("plan.decode_mfu", _SHARE),
     ("plan.network_efficiency", _SHARE),
     ("plan.decode_step_ms", ((">", 0),)),
+    ("plan.rows", ((">=", 1),)),
     ("plan.mean_prompt_tokens", ((">=", 1),)),
     ("plan.mean_response_tokens", ((">=", 1),)),
     ("plan.expert_unevenness", ((">=", 1),)),

@@ -23,11 +23,17 @@ class PlanConfig:
     """Least time of one token of a batch: launches and latencies of the collectives of all layers (ours)."""
     network_efficiency: float = 0.7
     """Share of the links' bandwidth that collectives reach (ours)."""
+    rows: int | None = None
+    """Rows of data.train, or problems of the benchmark, where that file is not here: a reward model's updates and the
+    length of an evaluation or a sampling follow from them. Null: AIME, MATH-500 and GPQA Diamond are known; a sampling
+    (stage.loop=reject) is planned by the round."""
     mean_prompt_tokens: int | None = None
-    """Mean length of a prompt; null means a quarter of data.max_prompt_tokens (ours)."""
+    """Mean length of a prompt; null means a quarter of the longest accepted, data.max_prompt_tokens or, of an
+    evaluation, benchmark.max_prompt_tokens; where sequences are learned from, it is part of the response (ours)."""
     mean_response_tokens: int | None = None
-    """Mean length of a response; null means 0.3 of the longest (R1-Zero ends at about 10,000 of 32,768 tokens, R1
-    Figure 3), with stage=sft 0.2 of sft.max_length (ours)."""
+    """Mean length of a response; null means 0.3 of the longest, of a scheduled length 0.3 of the mean of all rounds
+    (R1-Zero ends at about 10,000 of 32,768 tokens, R1 Figure 3); where sequences are learned from, 0.2 of
+    sft.max_length or reward_model.max_length (ours)."""
     expert_unevenness: float = 1.25
     """Tokens that the experts of the fullest rank get, over the mean of all ranks (ours)."""
     overhead_gib: float = 3.0

@@ -146,6 +146,8 @@ class Layers:
     def tail(self, pack: Pack) -> list[Term]:
         """What the last stage saves after its layers: the final norm's and the head's; tokens are the first stage's."""
         rows, compute = pack.responses, self.compute
+        if self.fields.has_score:  # rows at the ends of sequences alone
+            return list(self._norm("final norm", self.h, self._t(pack), "tail"))
         kept = (
             compute.itemsize * self.vocab * rows if rows <= compute.chunk_tokens else 0
         )  # algo.logprobs: a single chunk

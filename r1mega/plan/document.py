@@ -10,9 +10,10 @@ from r1mega.plan.assess import Assessment, EnginePlan, RankPlan
 def as_document(found: Assessment, suggestions: list[str], elements: int) -> dict[str, Any]:
     """The one JSON document of `plan.format=json`."""
     engines = found.engines
+    _, phase, peak = found.worst()
     updates = found.job.updates
     return {
-        "world_size": found.layout.world_size,
+        "world_size": found.layout.world_size if found.ranks else 0,
         "num_gpus": found.num_gpus,
         "layout": str(found.layout),
         "fits": found.fits,
@@ -22,9 +23,11 @@ def as_document(found: Assessment, suggestions: list[str], elements: int) -> dic
         "ranks": [_rank_document(found, rank) for rank in found.ranks],
         "engines": None if engines is None else _engine_document(engines),
         "host_bytes_per_node": round(found.host_bytes()),
+        "device_peak": {"phase": phase, "bytes": round(peak)},
         "headroom_bytes": round(found.headroom()),
         "updates": updates,
         "updates_per_round": found.job.updates_per_round,
+        "samples_per_update": found.job.samples_per_update,
         "tokens_per_update": round(found.job.tokens_per_update),
         "micro_batches": found.micro_batches,
         "flops_per_update": found.flops_per_update,

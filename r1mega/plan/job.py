@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from r1mega.config.choices import DeviceType, EngineKind, KvCacheDtype, Loop, Mtp, ParamDtype
+from r1mega.config.check import longest_response
+from r1mega.config.choices import (
+    GENERATING_LOOPS,
+    DataFormat,
+    DeviceType,
+    EngineKind,
+    KvCacheDtype,
+    Loop,
+    Mtp,
+    ParamDtype,
+)
+from r1mega.config.schedule import max_tokens_at, most_tokens
 from r1mega.config.schema import Config
 from r1mega.metrics.flops import Experts, GroupedQueryAttention, LatentAttention, ModelShape
 from r1mega.models.hf_fields import HfFields
@@ -13,9 +24,11 @@ from r1mega.parallel.layout import Layout
 from r1mega.plan.activations import Compute, Pack
 from r1mega.plan.engine import Engine
 from r1mega.plan.memory import States
+from r1mega.plan.rows import rows_of
 
 GIB = float(1 << 30)
 FILL = 0.9  # of micro-batches, on the mean (algo.packing; ours)
+_GENERATED, _SUPERVISED = 0.3, 0.2  # mean of a response over the longest; see plan.mean_response_tokens
 _PAD = 1.15  # positions over tokens where rows of a pack of like lengths are padded to the longest (ours)
 
 
@@ -23,20 +36,26 @@ _PAD = 1.15  # positions over tokens where rows of a pack of like lengths are pa
 class Job:
     """What a run computes, in numbers.
 
-    Lengths are in tokens. `max_tokens` is the limit of a micro-batch, `longest` a whole sequence at most.
+    Lengths are in tokens. `max_tokens` is the limit of a micro-batch, `longest` a whole sequence at most that is
+    trained on, `longest_generated` one that engines write, evaluations included; `mean_limit` is the limit of
+    responses on the mean of all rounds, where it is scheduled. Without `trains` engines do all the work.
     """
 
-    is_rl: bool
     updates: int
-    updates_per_round: int
     samples_per_update: int
     mean_prompt: float
     mean_response: float
     longest: int
     longest_response: int
     max_tokens: int
-    has_anchor: bool
-    has_reference: bool
+    trains: bool = True
+    is_rl: bool = False
+    updates_per_round: int = 1
+    samples_per_question: int = 1
+    mean_limit: float = 0.0
+    longest_generated: int = 0
+    has_anchor: bool = False
+    has_reference: bool = False
 
     @property
     def mean_length(self) -> float:
@@ -65,30 +84,103 @@ class Job:
 
 def job_of(config: Config) -> Job:
     """What the configured loop computes."""
-    plan = config.plan
-    if config.stage.loop is Loop.sft:
-        sft = config.sft
-        response = plan.mean_response_tokens or 0.2 * sft.max_length
-        prompt = plan.mean_prompt_tokens or 0.0
-        return Job(
-            False, sft.updates, 1, sft.batch_size, prompt, response, sft.max_length, sft.max_length,
-            sft.max_tokens_per_micro_batch, False, False,
-        )  # fmt: skip
-    algo, rollout = config.algo, config.rollout
-    prompt = plan.mean_prompt_tokens or config.data.max_prompt_tokens / 4
-    response = plan.mean_response_tokens or 0.3 * rollout.max_tokens
+    by_loop = {Loop.sft: _sft, Loop.reward_model: _reward_model, Loop.reject: _reject, Loop.evaluate: _evaluate}
+    return by_loop.get(config.stage.loop, _rl)(config)
+
+
+def _sft(config: Config) -> Job:
+    sft = config.sft
+    return Job(
+        updates=sft.updates,
+        samples_per_update=sft.batch_size,
+        mean_prompt=config.plan.mean_prompt_tokens or 0.0,
+        mean_response=config.plan.mean_response_tokens or _SUPERVISED * sft.max_length,
+        longest=sft.max_length,
+        longest_response=sft.max_length,
+        max_tokens=sft.max_tokens_per_micro_batch,
+    )
+
+
+def _reward_model(config: Config) -> Job:
+    """Two sequences of a row of pairs; the last update takes the rows that are left."""
+    settings, rows = config.reward_model, rows_of(config)
+    assert rows, "validity.problems refuses what has no rows"
+    return Job(
+        updates=math.ceil(rows * settings.epochs / settings.batch_size),
+        samples_per_update=settings.batch_size * (2 if config.data.format is DataFormat.pairs else 1),
+        mean_prompt=config.plan.mean_prompt_tokens or 0.0,
+        mean_response=config.plan.mean_response_tokens or _SUPERVISED * settings.max_length,
+        longest=settings.max_length,
+        longest_response=settings.max_length,
+        max_tokens=settings.max_tokens_per_micro_batch,
+    )
+
+
+def _rl(config: Config) -> Job:
+    """Memory by the longest response of the whole run; times by the mean of the limits of its rounds."""
+    algo, prompts = config.algo, config.data.max_prompt_tokens
+    longest = most_tokens(config)[1]
+    starts = range(0, max(1, algo.updates), max(1, algo.updates_per_round))
+    limit = sum(max_tokens_at(config, start) for start in starts) / len(starts)
     return Job(
         is_rl=True,
         updates=algo.updates,
         updates_per_round=algo.updates_per_round,
         samples_per_update=algo.samples_per_round // algo.updates_per_round,
-        mean_prompt=prompt,
-        mean_response=response,
-        longest=config.data.max_prompt_tokens + rollout.max_tokens,
-        longest_response=rollout.max_tokens,
+        samples_per_question=algo.group_size,
+        mean_prompt=config.plan.mean_prompt_tokens or prompts / 4,
+        mean_response=config.plan.mean_response_tokens or _GENERATED * limit,
+        longest=prompts + longest,
+        longest_response=longest,
         max_tokens=algo.max_tokens_per_micro_batch,
+        mean_limit=limit,
+        longest_generated=prompts + longest_response(config)[1],
         has_anchor=algo.updates_per_round > 1,
         has_reference=algo.kl_coef > 0,
+    )
+
+
+def _reject(config: Config) -> Job:
+    """An "update" is a round of questions; as many as the rows make, else one."""
+    algo = config.algo
+    return _generated(
+        config,
+        updates=math.ceil((rows_of(config) or 1) / algo.questions_per_round),
+        samples=algo.samples_per_round,
+        each=algo.group_size,
+        prompts=config.data.max_prompt_tokens,
+        limit=longest_response(config)[1],
+    )
+
+
+def _evaluate(config: Config) -> Job:
+    """One "update" is the whole benchmark."""
+    benchmark, rows = config.benchmark, rows_of(config)
+    assert rows, "validity.problems refuses what has no rows"
+    return _generated(
+        config,
+        updates=1,
+        samples=rows * benchmark.samples,
+        each=benchmark.samples,
+        prompts=benchmark.max_prompt_tokens,
+        limit=longest_response(config)[1],
+    )
+
+
+def _generated(config: Config, *, updates: int, samples: int, each: int, prompts: int, limit: int) -> Job:
+    """A loop of engines alone: responses of up to `limit` tokens, `each` to a prompt of up to `prompts`."""
+    return Job(
+        trains=False,
+        updates=updates,
+        samples_per_update=samples,
+        samples_per_question=each,
+        mean_prompt=config.plan.mean_prompt_tokens or prompts / 4,
+        mean_response=config.plan.mean_response_tokens or _GENERATED * limit,
+        longest=prompts + limit,
+        longest_response=limit,
+        max_tokens=prompts + limit,
+        mean_limit=limit,
+        longest_generated=prompts + limit,
     )
 
 
@@ -122,7 +214,7 @@ def states_of(config: Config) -> States:
 
 def engine_of(config: Config, fields: HfFields) -> Engine | None:
     """One engine; None where nothing is generated."""
-    if config.stage.loop is Loop.sft:
+    if config.stage.loop not in GENERATING_LOOPS:
         return None
     held = str(config.precision.params)
     if config.rollout.engine is EngineKind.embedded:
@@ -159,5 +251,5 @@ def shape_of(fields: HfFields) -> ModelShape:
         )
     return ModelShape(
         fields["hidden_size"], fields["num_hidden_layers"], fields["vocab_size"], fields["intermediate_size"],
-        attention, experts, fields["tie_word_embeddings"],
+        attention, experts, fields["tie_word_embeddings"] and not fields.has_score,
     )  # fmt: skip

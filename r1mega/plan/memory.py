@@ -102,7 +102,7 @@ class StageMemory:
         on; moving the weights to host memory leaves them."""
         if not self.compute.fp8:
             return 0.0
-        tables = self._table * (int(self.is_first) + int(self.is_last))
+        tables = self._table * (int(self.is_first) + int(self.is_last and not self.fields.has_score))
         return 2.0 * max(0.0, self.held.parameters - tables)
 
     @property
@@ -140,6 +140,14 @@ class StageMemory:
             parts["reference"] = self.weights
         return {**parts, "forward pass": max(self.forward(), self.head_forward() if self.is_last else 0.0)}
 
+    def reward_models(self, weights: float) -> Bytes:
+        """A forward pass of a frozen reward model, whose weights come to the device for it, beside the policy's.
+
+        One model at a time. It sees no more tokens at once than the policy's log-probs do, and makes no logits.
+        """
+        parts = self._for_passes() if self.states.offloads else dict(self.on_device)
+        return {**parts, "reward model": weights, "forward pass": self.forward()}
+
     def publish(self, buckets: float) -> Bytes:
         """Weights beside the buffers that they leave in."""
         parts = self._for_passes() if self.states.offloads else dict(self.on_device)
@@ -166,9 +174,14 @@ class StageMemory:
         worst = "optimizer state, gathered" if gathered >= reference else "reference"
         return {**self.on_device, worst: max(gathered, reference)}
 
-    def host(self, *, has_reference: bool) -> Bytes:
-        """Host memory that the rank keeps, pinned copies as large as PyTorch makes them (the next power of two)."""
+    def host(self, *, has_reference: bool, reward_models: float = 0.0) -> Bytes:
+        """Host memory that the rank keeps, pinned copies as large as PyTorch makes them (the next power of two).
+
+        `reward_models` are the bytes of the frozen ones' weights, which are pinned tensor by tensor.
+        """
         found: Bytes = {}
+        if reward_models:
+            found["reward models"] = reward_models * _PINNED_MEAN
         if has_reference:
             found["reference"] = self.weights
         if self.states.offloads:
@@ -265,11 +278,15 @@ class StageMemory:
         """Logits of a chunk, and thrice a sixteenth of them in fp32."""
         e, rows = self.compute.itemsize, min(self.pack.responses, self.compute.chunk_tokens)
         hidden = e * self.layers.h * (self.pack.responses + self.pack.tokens)
+        if self.fields.has_score:
+            return e * self.layers.h * self.pack.tokens
         return hidden + self.layers.vocab * (e * rows + 3 * 4 * self._inner_rows)
 
     def head_backward(self) -> float:
         """Logits of a chunk again, the fp32 sum of the table's gradient, a chunk's part of it, the hidden states'."""
         e, responses = self.compute.itemsize, self.pack.responses
+        if self.fields.has_score:  # the gradient of the hidden states, whole
+            return e * self.layers.h * self.pack.tokens
         again = 0 if responses <= self.compute.chunk_tokens else self.compute.chunk_tokens
         table = (4 + e) * self._table
         return table + self.layers.vocab * (e * again + 2 * 4 * self._inner_rows) + e * self.layers.h * responses

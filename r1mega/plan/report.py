@@ -13,7 +13,8 @@ def show(found: Assessment, suggestions: list[str], elements: int) -> None:
     """Print what was found."""
     console = Console(width=120 if not Console().is_terminal else None, highlight=False)
     _heading(console, found, elements)
-    console.print(_memory(found))
+    if found.ranks:
+        console.print(_memory(found))
     if found.engines is not None:
         _engines(console, found)
     console.print(_times(found))
@@ -26,17 +27,19 @@ def show(found: Assessment, suggestions: list[str], elements: int) -> None:
     verdict = "[green]fits[/green]" if found.fits else "[red]does not fit[/red]"
     console.print(
         f"{verdict}: at most {nbytes / GIB:.1f} of {found.config.cluster.gpu_memory_gib:g} GiB of a device, in phase "
-        f"{phase} on pipeline stage {worst.held.stage}"
+        f"{phase} on {'every rank' if worst is None else f'pipeline stage {worst.held.stage}'}"
     )
 
 
 def _heading(console: Console, found: Assessment, elements: int) -> None:
     layout, cluster, fields = found.layout, found.config.cluster, found.fields
+    ranks = f"layout {layout}: {layout.world_size} ranks" if found.ranks else f"engines of {found.num_gpus} ranks"
     console.print(
-        f"[bold]{found.config.run.name}[/bold]  {fields.family}, {elements:,} elements; layout {layout}: "
-        f"{layout.world_size} ranks on {cluster.nodes} x {cluster.gpus_per_node} accelerators of "
-        f"{cluster.gpu_memory_gib:g} GiB"
+        f"[bold]{found.config.run.name}[/bold]  {fields.family}, {elements:,} elements; {ranks} on "
+        f"{cluster.nodes} x {cluster.gpus_per_node} accelerators of {cluster.gpu_memory_gib:g} GiB"
     )
+    if not found.ranks:
+        return
     layers = layout.chunk_layers(fields["num_hidden_layers"])
     parts = [f"{sum(layers)} layers as {'+'.join(map(str, layers))}" if layout.pp > 1 else f"{sum(layers)} layers"]
     parts.append(f"{fields['num_attention_heads']} heads / tp {layout.tp}")
@@ -110,14 +113,22 @@ def _times(found: Assessment) -> Table:
     for name, seconds in found.train_seconds.items():
         if seconds:
             table.add_row("an update", name, f"{seconds:,.1f}")
+    of = f"a round of {found.job.updates_per_round} updates" if found.ranks else "a round"
     for name, seconds in found.phase_seconds.items():
-        table.add_row(f"a round of {found.job.updates_per_round} updates", name, f"{seconds:,.1f}")
+        table.add_row(of, name, f"{seconds:,.1f}")
     return table
 
 
 def _totals(console: Console, found: Assessment) -> None:
     job, total = found.job, found.seconds_per_update * found.job.updates
     hours = total / 3600 * found.num_gpus
+    if not found.ranks:
+        console.print(
+            f"{job.updates:,} rounds of {job.samples_per_update:,} responses, {job.tokens_per_update:,.0f} tokens with "
+            f"their prompts; {found.seconds_per_update:,.1f} s a round, {total / 86400:,.1f} days, {hours:,.0f} "
+            "accelerator hours"
+        )
+        return
     console.print(
         f"{job.updates:,} updates of {job.tokens_per_update:,.0f} tokens ({found.micro_batches} micro-batches on each "
         f"data-parallel part), {found.flops_per_update:.3g} FLOPs; {found.seconds_per_update:,.1f} s an update, "

@@ -7,12 +7,15 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from r1mega.config.choices import Mtp, PlanFormat
+from r1mega.config.faults import Fault
 from r1mega.config.schema import Config
+from r1mega.parallel.layout import Layout
 from r1mega.plan import held as holdings
+from r1mega.plan import job as jobs
 from r1mega.plan import validity
 from r1mega.plan.assess import assess
 from r1mega.plan.document import as_document
@@ -35,14 +38,18 @@ class Progress:
             print(f"r1mega plan: {self._what} {number + 1} of {self._total}", file=sys.stderr, flush=True)
 
 
-def plan(config: Config) -> int:
-    """Print what the run would take; 0 where it fits, 1 where it does not. Raises ConfigError where it cannot be."""
+def plan(config: Config, also: Sequence[Fault | str] = ()) -> int:
+    """Print what the run would take; 0 where it fits, 1 where it does not. Raises ConfigError where it cannot be, with
+    every reason, those that the caller has found among them."""
     fields = validity.model_of(config)
-    layout = validity.require(config, fields)
+    layout = validity.require(config, fields, also)
     freezes = config.model.mtp is Mtp.freeze
     progress = Progress("pipeline stage", layout.pp)
-    with _quiet():
-        parts = holdings.from_megatron(fields, layout, freezes_mtp=freezes, on_stage=progress)
+    if jobs.job_of(config).trains:
+        with _quiet():
+            parts = holdings.from_megatron(fields, layout, freezes_mtp=freezes, on_stage=progress)
+    else:  # engines alone: nothing is built, the whole model is what counts
+        parts = holdings.table_of(fields).held(Layout(), freezes_mtp=freezes)
     found = assess(config, fields, parts)
     elements = sum(part.distinct for part in parts)
     hints = [] if found.fits else suggestions(found)

@@ -12,15 +12,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from r1mega.config.choices import EngineKind, Loop, Mtp, PlanFormat, Recompute, Transport
+from r1mega.config.check_cluster import server_ranks, takes_turns
+from r1mega.config.choices import Loop, Mtp, PlanFormat, Recompute
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.metrics.flops import ModelShape
 from r1mega.models.hf_fields import HfFields
 from r1mega.parallel.layout import Layout
-from r1mega.plan import validity
+from r1mega.plan import rows, validity
 from r1mega.plan.assess import Assessment, assess
-from r1mega.plan.held import Table
+from r1mega.plan.held import Table, table_of
 from r1mega.plan.job import GIB, shape_of
 from r1mega.plan.run import DOES_NOT_FIT, FITS, Progress
 
@@ -38,23 +39,28 @@ class Candidate:
 
 def search(config: Config) -> int:
     """Print the layouts; 0 where one fits, 1 where none does. Raises ConfigError where none divides the model."""
+    if config.stage.loop in (Loop.reject, Loop.evaluate):
+        constraint = "trains nothing: there is no layout to look for"
+        raise ConfigError([Fault("stage.loop", str(config.stage.loop), constraint, "use r1mega plan")])
     fields = validity.model_of(config)
+    if faults := rows.missing(config):
+        raise ConfigError(faults)
     found = candidates(config, fields)
     if not found:
         got = f"{config.cluster.num_gpus} accelerators"
         constraint = "no layout divides the model and its batch and uses all that servers leave"
         raise ConfigError([Fault("cluster", got, constraint, "take another number of machines, or a larger batch")])
-    rows = found[: config.plan.search_rows]
+    shown = found[: config.plan.search_rows]
     if config.plan.format is PlanFormat.json:
-        print(json.dumps({"searched": len(found), "layouts": [_document(one) for one in rows]}), flush=True)
+        print(json.dumps({"searched": len(found), "layouts": [_document(one) for one in shown]}), flush=True)
     else:
-        _show(config, found, rows)
+        _show(config, found, shown)
     return FITS if any(one.result.fits for one in found) else DOES_NOT_FIT
 
 
 def candidates(config: Config, fields: HfFields) -> list[Candidate]:
     """All layouts that can be, those that fit first, then by the time of an update."""
-    table = Table(fields)
+    table = table_of(fields)
     layouts = list(_layouts(config, fields))
     progress, found = Progress("layout", len(layouts)), []
     for number, layout in enumerate(layouts):
@@ -102,11 +108,7 @@ def _layouts(config: Config, fields: HfFields) -> Iterator[Layout]:
 
 def _beside(config: Config) -> int:
     """Accelerators that servers have for themselves."""
-    sglang = config.sglang
-    apart = not sglang.release and sglang.transport is not Transport.ipc
-    if config.stage.loop is Loop.sft or config.rollout.engine is EngineKind.embedded or not apart:
-        return 0
-    return config.rollout.engines * sglang.tp
+    return 0 if takes_turns(config) else server_ranks(config)
 
 
 def even_stages(shape: ModelShape, pp: int) -> tuple[int, ...]:

@@ -56,7 +56,10 @@ class Speed:
 
     def flops_per_update(self) -> float:
         """Model FLOPs of an update: forward and backward passes, without log-probs and generation."""
-        return 3 * forward_flops_per_token(self.shape, self.context) * self.job.tokens_per_update
+        if not self.job.trains:
+            return 0.0
+        head = 2 * self.shape.vocab * self.shape.hidden if self.fields.has_score else 0
+        return 3 * (forward_flops_per_token(self.shape, self.context) - head) * self.job.tokens_per_update
 
     def train(self) -> Seconds:
         """Of one update, by what takes them."""
@@ -102,9 +105,9 @@ class Speed:
         job, cluster = self.job, self.config.cluster
         samples = job.samples_per_update * job.updates_per_round / engines
         steady = samples * job.mean_response / generation.batch * generation.step_seconds
-        questions = samples / self.config.algo.group_size
+        questions = samples / job.samples_per_question
         prefill = 2 * active_parameters(self.shape) * questions * job.mean_prompt / engine.tp
-        longest = job.longest_response * self.config.plan.decode_step_ms / 1e3
+        longest = job.mean_limit * self.config.plan.decode_step_ms / 1e3
         return max(steady, longest) + prefill / (cluster.gpu_bf16_tflops * 1e12 * self.config.plan.mfu)
 
     def publish(self, engine: Engine, engines: int) -> float:
@@ -132,7 +135,8 @@ class Speed:
 
     def export_bytes(self) -> float:
         """Of the trained checkpoint in Hugging Face's format."""
-        return total_parameters(self.shape) * float(self.itemsize)
+        head = self.shape.vocab * self.shape.hidden if self.fields.has_score else 0
+        return (total_parameters(self.shape) - head) * float(self.itemsize)
 
     def _pass(self, factor: float) -> float:
         """Matrix products of an update on the slowest stage: `factor` forward passes."""
@@ -156,7 +160,7 @@ class Speed:
                     width = shape.experts.ffn * (shape.experts.top_k + shape.experts.num_shared)
                 total[chunk % self.layout.pp] += attention + 6 * shape.hidden * width
                 layer += 1
-        total[-1] += 2 * shape.vocab * shape.hidden
+        total[-1] += 0 if self.fields.has_score else 2 * shape.vocab * shape.hidden
         return total
 
     def _layers(self) -> int:

@@ -6,13 +6,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from r1mega.config.choices import DeviceType, EngineKind, KvCacheDtype, LayerSpec, Loop, Mtp, ParamDtype, Recompute
+from r1mega.config.choices import (
+    DataFormat,
+    DeviceType,
+    EngineKind,
+    KvCacheDtype,
+    LayerSpec,
+    Loop,
+    Mtp,
+    ParamDtype,
+    Recompute,
+)
 from r1mega.config.schema import Config
 from r1mega.models.hf_fields import HfFields
 from r1mega.parallel.layout import Layout
 from r1mega.plan.assess import Assessment, assess
-from r1mega.plan.held import Table
-from r1mega.plan.job import GIB
+from r1mega.plan.held import Table, table_of
+from r1mega.plan.job import GIB, job_of
 from r1mega.plan.validity import problems
 
 Change = tuple[str, Callable[[Config], Config]]
@@ -29,7 +39,7 @@ class Tried:
 
 def suggestions(found: Assessment) -> list[str]:
     """Overrides that make it fit, by time; where none of them does, those that leave least to be found."""
-    fields, table = found.fields, Table(found.fields)
+    fields, table = found.fields, table_of(found.fields)
     changes = list(_changes(found.config))
     tried = [one for change in changes if (one := _try(found.config, fields, table, change)) is not None]
     fitting = [one for one in tried if one.result.fits]
@@ -77,8 +87,21 @@ def _differ(first: Change, second: Change) -> bool:
     }
 
 
+def _longest(config: Config) -> int:
+    """Tokens of what has to fit a micro-batch: a sequence, of a reward model's pairs both of them."""
+    job, pairs = job_of(config), config.data.format is DataFormat.pairs
+    return job.longest * (2 if config.stage.loop is Loop.reward_model and pairs else 1)
+
+
 def _changes(config: Config) -> Iterator[Change]:
-    memory, parallel, sglang = config.memory, config.parallel, config.sglang
+    if config.stage.loop in (Loop.reject, Loop.evaluate):
+        yield from _of_servers(config)
+    else:
+        yield from _of_training(config)
+
+
+def _of_training(config: Config) -> Iterator[Change]:
+    memory, parallel = config.memory, config.parallel
     if memory.recompute is not Recompute.full:
         yield _set("memory", recompute=Recompute.full)
     if not memory.offload and config.stage.loop is Loop.rl and config.rollout.max_staleness == 0:
@@ -91,9 +114,10 @@ def _changes(config: Config) -> Iterator[Change]:
         yield _set("precision", moments=ParamDtype.bf16)
     if config.device.layer_spec is LayerSpec.torch and config.device.type is DeviceType.cuda:
         yield _set("device", layer_spec=LayerSpec.te)
-    section, name = ("sft", "sft") if config.stage.loop is Loop.sft else ("algo", "rl")
-    limit = getattr(config, section).max_tokens_per_micro_batch
-    longest = config.sft.max_length if name == "sft" else config.data.max_prompt_tokens + config.rollout.max_tokens
+    if config.checkpoint.every and not parallel.overlap_grad_reduce:  # optimizer state is gathered by bucket
+        yield _set("parallel", overlap_grad_reduce=True)
+    section = {Loop.sft: "sft", Loop.reward_model: "reward_model"}.get(config.stage.loop, "algo")
+    limit, longest = getattr(config, section).max_tokens_per_micro_batch, _longest(config)
     if limit // 2 >= longest:
         yield _set(section, max_tokens_per_micro_batch=limit // 2)
     if longest < limit and limit // 2 < longest:
@@ -106,13 +130,19 @@ def _changes(config: Config) -> Iterator[Change]:
                 if axis == "pp":
                     sizes["stages"] = None
                 yield _set("parallel", **sizes)
-    if config.rollout.engine is EngineKind.sglang and config.stage.loop is Loop.rl:
+    if config.stage.loop is Loop.rl:
+        yield from _of_servers(config)
+
+
+def _of_servers(config: Config) -> Iterator[Change]:
+    sglang = config.sglang
+    if config.rollout.engine is EngineKind.sglang:
         yield _wider_servers(config)
         if sglang.kv_cache_dtype is KvCacheDtype.auto and config.device.type is DeviceType.cuda:
             yield _set("sglang", kv_cache_dtype=KvCacheDtype.fp8_e4m3)
         for fraction in (0.7, 0.6, 0.9):
             yield _set("sglang", memory_fraction=fraction)
-        if not sglang.release:
+        if not sglang.release and config.stage.loop is Loop.rl:
             yield _set("sglang", release=True)
 
 
@@ -125,12 +155,13 @@ def _more_machines(config: Config, factor: int) -> Change:
 
 
 def _wider_servers(config: Config) -> Change:
-    """Half as many of twice the ranks."""
+    """Half as many of twice the ranks; experts and their copies together stay what `ep` divides."""
     sglang = config.sglang
     wider = _set(
         "sglang",
         tp=sglang.tp * 2,
         ep=sglang.ep * 2 if sglang.ep > 1 else 1,
+        redundant_experts=sglang.redundant_experts * 2,
         nodes_per_engine=max(sglang.nodes_per_engine, -(-sglang.tp * 2 // config.cluster.gpus_per_node)),
     )
     return _both(wider, _set("rollout", engines=max(1, config.rollout.engines // 2)))

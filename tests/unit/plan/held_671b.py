@@ -1,6 +1,6 @@
 """DeepSeek-V3 at a layout: what a plan says ranks hold, beside what Megatron builds for ranks of the whole world.
 
-Prints one JSON line. `python held_671b.py LAYOUT [--mtp]`.
+Prints one JSON line. `python held_671b.py LAYOUT [--mtp] [--stage=N]`: all pipeline stages, or one of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def main() -> None:
     fields = hf_fields.read(cards.folder("deepseek_v3_671b"), allow_fp8=True, drop_mtp="--mtp" not in sys.argv)
     assert not layout.problems(fields.shape())
     begin = time.perf_counter()
-    parts = held.from_megatron(fields, layout, freezes_mtp=True)
+    chosen = [int(option.partition("=")[2]) for option in sys.argv[2:] if option.startswith("--stage=")]
+    stages = chosen or range(layout.pp)
+    parts = held.from_megatron(fields, layout, freezes_mtp=True, stages=stages)
     seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     draw, wrong = random.Random(0), []
     for part in parts:
@@ -49,7 +51,9 @@ def main() -> None:
             {
                 "ranks": layout.world_size,
                 "wrong": wrong,
-                "table_agrees": held.Table(fields).held(layout, freezes_mtp=True) == parts,
+                "table_agrees": [held.table_of(fields).held(layout, freezes_mtp=True)[stage] for stage in stages]
+                == parts,
+                "stages": [part.stage for part in parts],
                 "elements": sum(part.distinct for part in parts),
                 "gate_biases": sum(part.gate_biases for part in parts),
                 "parameter_bytes": [2 * part.parameters for part in parts],

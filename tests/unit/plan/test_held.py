@@ -51,6 +51,15 @@ def test_every_coordinate_is_megatrons_and_all_add_up(layout, ranks, has_mtp):
     assert found["seconds"] < 60 and found["peak_bytes"] < 2e9
 
 
+def test_one_stage_is_megatrons_in_every_run_of_the_tests():
+    """The last stage of V3's own 16 x 64 cut over 2,048 ranks: a layer of experts, the head, and the layer that
+    predicts further. The extended tests ask for all stages."""
+    found = asked(f"pp=16,ep=64,dp=128,{FOURS}", "--mtp", "--stage=15")
+    assert found["stages"] == [15] and found["wrong"] == [] and found["table_agrees"]
+    assert found["gate_biases"] == 256 + MTP_GATE_BIASES
+    assert found["peak_bytes"] < 2e9
+
+
 @pytest.mark.parametrize("layout", ["1", "tp=8,pp=4,ep=32,dp=16,stages=16+15+15+15", "tp=2,pp=61,ep=4,etp=4,dp=8"])
 def test_the_table_adds_up_at_any_layout(layout):
     fields = hf_fields.read(cards.folder("deepseek_v3_671b"), allow_fp8=True, drop_mtp=True)
@@ -67,6 +76,12 @@ def test_a_vocabulary_that_tp_does_not_divide_is_rounded_up_and_a_tied_table_sta
     assert first.dense == 126 * 64 + 2 * (layer - 2 * 64) // 2 + 2 * 2 * 64
     assert last.dense == first.dense + 64  # the table again, and the final norm
     assert first.distinct + last.distinct == whole.distinct
+
+
+def test_a_reward_model_has_a_row_for_its_table():
+    fields = parse({**QWEN2, "tie_word_embeddings": False})
+    (whole,), (scoring,) = (Table(own).held(Layout(), freezes_mtp=False) for own in (fields, fields.as_reward_model()))
+    assert whole.dense - scoring.dense == 251 * 64 - 64
 
 
 def test_the_smallest_world_keeps_every_cut():

@@ -6,16 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from r1mega import cli
 from r1mega.models import hf_fields
-from r1mega.models.hf_fields import HfFields
 from r1mega.parallel.layout import Layout
-from r1mega.plan import held, run, suggest
+from r1mega.plan import held
 
 REPO = Path(__file__).resolve().parents[3]
 V3_512 = [
@@ -25,41 +22,6 @@ V3_512 = [
     "sglang.attn_dp=8", "rollout.engines=8", "sglang.release=true", "algo=r1_zero", "rollout.max_tokens=32768",
     "algo.max_tokens_per_micro_batch=34000", "checkpoint.every=160", "plan.format=json",
 ]  # fmt: skip
-
-
-_TABLES: dict[str, held.Table] = {}
-
-
-def table_of(fields: HfFields) -> held.Table:
-    """The table of a model, made once: DeepSeek-V3's has 31,016 rows."""
-    key = json.dumps([fields.values, fields.num_mtp_layers], sort_keys=True)
-    if key not in _TABLES:
-        _TABLES[key] = held.Table(fields)
-    return _TABLES[key]
-
-
-@pytest.fixture
-def by_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table instead of Megatron, which says the same (test_held) and takes longer."""
-
-    def from_table(fields, layout, *, freezes_mtp, on_stage):
-        return table_of(fields).held(layout, freezes_mtp=freezes_mtp)
-
-    monkeypatch.setattr(run.holdings, "from_megatron", from_table)
-    monkeypatch.setattr(suggest, "Table", table_of)
-
-
-@pytest.fixture
-def planned(by_table: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> Callable[..., tuple]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["r1mega"])
-
-    def ask(*arguments: str) -> tuple[int, str, str]:
-        code = cli.main(["plan", *arguments])
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return ask
 
 
 def test_a_run_that_fits(planned):
@@ -168,3 +130,85 @@ def test_the_command_asks_megatron_and_prints_one_document(tmp_path):
     assert [rank["gate_biases"] for rank in document["ranks"]] == [part.gate_biases for part in expected] == [8, 24]
     assert document["model_elements"] == sum(part.distinct for part in expected)
     assert expected[1].frozen > 0 and expected[0].frozen == 0
+
+
+def test_the_rows_of_a_reward_model(planned, tmp_path):
+    """A pair is two sequences; the file goes before plan.rows, and the last update takes what is left."""
+    arguments = ["experiment=reward_model_helpful", "plan.format=json"]
+    document = json.loads(planned(*arguments)[1])
+    assert (document["updates"], document["samples_per_update"]) == (258, 512)  # 66,000 / 256 = 257.8
+    assert document["tokens_per_update"] == pytest.approx(512 * 0.2 * 8192, abs=1)
+    safety = json.loads(planned("experiment=reward_model_safety", "plan.format=json")[1])
+    assert (safety["updates"], safety["samples_per_update"]) == (415, 256)  # 106,000 / 256 = 414.1
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 513 + "\n")
+    document = json.loads(planned(*arguments, "data.train=pairs.jsonl", "reward_model.epochs=2")[1])
+    assert document["updates"] == 5  # 1,026 rows
+    code, _, err = planned(*arguments, "plan.rows=null")
+    assert code == 2 and "plan.rows: got nothing" in err
+
+
+def test_a_reward_model_has_a_score_for_its_logits(planned):
+    """The last stage holds V3's last layer, a norm and a row, and no table of 129,280 rows."""
+    last = json.loads(planned("experiment=reward_model_safety", "plan.format=json")[1])["ranks"][-1]
+    trained = json.loads(planned("experiment=sft_800k", "model.mtp=drop", "plan.format=json")[1])["ranks"][-1]
+    assert trained["parameters"] - last["parameters"] == 129_280 // 8 * 7168 - 7168
+    assert last["gate_biases"] == trained["gate_biases"] == 256
+    assert last["device_peak"]["train"] < trained["device_peak"]["train"]
+
+
+def test_engines_alone(planned):
+    """Nothing is trained: no ranks, the devices are the servers', and the responses are the benchmark's."""
+    document = json.loads(planned("experiment=evaluate_r1", "plan.format=json")[1])
+    assert (document["ranks"], document["num_gpus"], document["world_size"]) == ([], 32, 0)
+    assert document["samples_per_update"] == 30 * 64 and document["updates"] == 1
+    assert document["tokens_per_update"] == pytest.approx(1920 * (2048 + 0.3 * 32_768), abs=1)
+    engines = document["engines"]
+    assert engines["weight_bytes"] + engines["cache_bytes"] == pytest.approx(0.8 * 80 * 2**30, abs=2)
+    assert document["headroom_bytes"] == pytest.approx(0.2 * 80 * 2**30 - 3 * 2**30, abs=4)
+    assert set(document["round_seconds"]) == {"generation"} and document["flops_per_update"] == 0
+    few = json.loads(planned("experiment=evaluate_r1", "benchmark.limit=3", "plan.format=json")[1])
+    assert few["samples_per_update"] == 3 * 64
+    code, _, err = planned("experiment=evaluate_r1", "benchmark=mmlu")
+    assert code == 2 and "plan.rows: got nothing" in err
+    sampling = ["experiment=rejection_sampling", "plan.format=json"]
+    assert json.loads(planned(*sampling)[1])["updates"] == 1
+    assert json.loads(planned(*sampling, "plan.rows=1025")[1])["updates"] == 3  # rounds of 512 questions
+
+
+def test_a_table_for_people_of_engines_alone(planned):
+    code, out, _ = planned("experiment=evaluate_r1")
+    assert code == 0 and "engines of 32 ranks" in out and "in phase generation on every rank" in out
+    code, out, err = planned("search", "experiment=evaluate_r1")
+    assert code == 2 and "trains nothing" in err
+
+
+def test_scheduled_lengths(planned):
+    """Memory by the longest response of any round, times by the mean of the rounds' limits."""
+    document = json.loads(planned("experiment=r1_zero", "plan.format=json")[1])
+    rounds = [65_536 if start >= 8200 else 32_768 for start in range(0, 10_400, 16)]
+    mean = sum(rounds) / len(rounds)
+    assert document["tokens_per_update"] == pytest.approx(512 * (512 + 0.3 * mean), abs=1)
+    unchanged = json.loads(planned("experiment=r1_zero", "rollout.max_tokens_from=[]", "plan.format=json")[1])
+    assert document["ranks"][0]["device_peak"]["train"] == unchanged["ranks"][0]["device_peak"]["train"]  # one pack
+    assert document["seconds_per_update"] > unchanged["seconds_per_update"]
+    code, _, err = planned("experiment=r1_zero", "rollout.max_tokens_from=[[16, 200000]]")
+    assert code == 2 and "rollout.max_tokens_from: got 200000" in err
+
+
+def test_frozen_reward_models(planned):
+    """On the host two models beside the reference; on the device one of them in its phase, and in no other."""
+    document = json.loads(planned("experiment=all_scenario_rl", "plan.format=json")[1])
+    without = json.loads(
+        planned("experiment=all_scenario_rl", "reward.helpful=0", "reward.safety=0", "plan.format=json")[1]
+    )
+    for rank, plain in zip(document["ranks"], without["ranks"], strict=True):
+        own = rank["bytes"].pop("reward models")
+        assert rank["bytes"] == plain["bytes"]
+        held = 2 * rank["parameters"] + 4 * rank["gate_biases"]
+        if rank["coordinate"]["pp"] < 15:  # the last has no table and no layer that predicts further
+            assert own["reward model"] == held == rank["host_bytes"]["reference"]
+        else:
+            assert own["reward model"] < held
+        assert rank["host_bytes"]["reward models"] == pytest.approx(2 * 1.44 * own["reward model"], rel=1e-6)
+    # 25 of 107 rollouts have general questions, data.general_share of all.
+    assert 0 < document["round_seconds"]["reward models"] < document["round_seconds"]["logprobs"] / 2

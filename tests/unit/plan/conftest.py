@@ -1,0 +1,36 @@
+"""`r1mega plan` with what ranks hold from the table, which says what Megatron says (test_held) and takes less time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from r1mega import cli
+from r1mega.plan import held, run
+
+
+@pytest.fixture
+def by_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table instead of Megatron."""
+
+    def from_table(fields, layout, *, freezes_mtp, on_stage):
+        return held.table_of(fields).held(layout, freezes_mtp=freezes_mtp)
+
+    monkeypatch.setattr(run.holdings, "from_megatron", from_table)
+
+
+@pytest.fixture
+def planned(by_table: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> Callable[..., tuple]:
+    """`planned(*arguments)` -> exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["r1mega"])
+
+    def ask(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main(["plan", *arguments])
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return ask
