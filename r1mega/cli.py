@@ -74,6 +74,7 @@ PLAN_HELP = """\
     rank (from Megatron itself, in an imagined world), memory of each phase at its worst instant against cluster.*,
     time, disk, and what would make it fit. The model's shape is model.hf's config.json, or that of model.card. What
     cannot be worked out is assumed in the section `plan` (`r1mega train --help` lists it).
+      r1mega plan experiment=r1_zero            every stage of the recipe, on the cluster that it ships with
       r1mega plan model.card=deepseek_v3_671b cluster=h100_64x8 parallel.pp=16 parallel.ep=32 ...
       r1mega plan ... plan.format=json          one JSON document on standard output
       r1mega plan search ...                    layouts for this model and cluster, the fastest that fit first

@@ -11,7 +11,7 @@ from r1mega.plan.job import GIB
 
 def show(found: Assessment, suggestions: list[str], elements: int) -> None:
     """Print what was found."""
-    console = Console(width=120 if not Console().is_terminal else None, highlight=False)
+    console = Console(width=140 if not Console().is_terminal else None, highlight=False)
     _heading(console, found, elements)
     if found.ranks:
         console.print(_memory(found))

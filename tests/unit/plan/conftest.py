@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from r1mega import cli
+from r1mega.config import io
+from r1mega.config.registry import conf_dir
 from r1mega.plan import held, run
 
 
@@ -32,5 +36,19 @@ def planned(by_table: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, 
         code = cli.main(["plan", *arguments])
         shown = capsys.readouterr()
         return code, shown.out, shown.err
+
+    return ask
+
+
+@pytest.fixture
+def plan_of(by_table: None, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict]]:
+    """`plan_of(*overrides)` -> exit code and document; without Hydra's own command line, which takes longer."""
+
+    def ask(*overrides: str) -> tuple[int, dict]:
+        cli.register_schema()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            config = io.typed(compose("config", [*overrides, "plan.format=json"]))
+        code = cli._plan_one(config)
+        return code, json.loads(capsys.readouterr().out)
 
     return ask

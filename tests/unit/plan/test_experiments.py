@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from r1mega import cli
-from r1mega.config import io
-from r1mega.config.registry import conf_dir, options
+from r1mega.config.registry import options
 from r1mega.plan import run
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "plan.md"
@@ -22,24 +18,6 @@ def documented() -> dict[str, list[str]]:
     """experiment -> the cells of its row in docs/plan.md."""
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", DOCS.read_text("utf-8"), re.MULTILINE)
     return {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
-
-
-@pytest.fixture(scope="module")
-def hydra_conf():
-    cli.register_schema()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        yield
-
-
-@pytest.fixture
-def plan_of(by_table, hydra_conf, capsys):
-    """`plan_of(*overrides)` -> exit code and document; without Hydra's own command line, which takes longer."""
-
-    def ask(*overrides: str) -> tuple[int, dict]:
-        code = cli._plan_one(io.typed(compose("config", [*overrides, "plan.format=json"])))
-        return code, json.loads(capsys.readouterr().out)
-
-    return ask
 
 
 def test_the_table_has_every_experiment():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from r1mega.config.faults import ConfigError
 from r1mega.models import hf_fields
 from r1mega.parallel.layout import Layout
 from r1mega.plan import held
@@ -132,49 +134,6 @@ def test_the_command_asks_megatron_and_prints_one_document(tmp_path):
     assert expected[1].frozen > 0 and expected[0].frozen == 0
 
 
-def test_the_rows_of_a_reward_model(planned, tmp_path):
-    """A pair is two sequences; the file goes before plan.rows, and the last update takes what is left."""
-    arguments = ["experiment=reward_model_helpful", "plan.format=json"]
-    document = json.loads(planned(*arguments)[1])
-    assert (document["updates"], document["samples_per_update"]) == (258, 512)  # 66,000 / 256 = 257.8
-    assert document["tokens_per_update"] == pytest.approx(512 * 0.2 * 8192, abs=1)
-    safety = json.loads(planned("experiment=reward_model_safety", "plan.format=json")[1])
-    assert (safety["updates"], safety["samples_per_update"]) == (415, 256)  # 106,000 / 256 = 414.1
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 513 + "\n")
-    document = json.loads(planned(*arguments, "data.train=pairs.jsonl", "reward_model.epochs=2")[1])
-    assert document["updates"] == 5  # 1,026 rows
-    code, _, err = planned(*arguments, "plan.rows=null")
-    assert code == 2 and "plan.rows: got nothing" in err
-
-
-def test_a_reward_model_has_a_score_for_its_logits(planned):
-    """The last stage holds V3's last layer, a norm and a row, and no table of 129,280 rows."""
-    last = json.loads(planned("experiment=reward_model_safety", "plan.format=json")[1])["ranks"][-1]
-    trained = json.loads(planned("experiment=sft_800k", "model.mtp=drop", "plan.format=json")[1])["ranks"][-1]
-    assert trained["parameters"] - last["parameters"] == 129_280 // 8 * 7168 - 7168
-    assert last["gate_biases"] == trained["gate_biases"] == 256
-    assert last["device_peak"]["train"] < trained["device_peak"]["train"]
-
-
-def test_engines_alone(planned):
-    """Nothing is trained: no ranks, the devices are the servers', and the responses are the benchmark's."""
-    document = json.loads(planned("experiment=evaluate_r1", "plan.format=json")[1])
-    assert (document["ranks"], document["num_gpus"], document["world_size"]) == ([], 32, 0)
-    assert document["samples_per_update"] == 30 * 64 and document["updates"] == 1
-    assert document["tokens_per_update"] == pytest.approx(1920 * (2048 + 0.3 * 32_768), abs=1)
-    engines = document["engines"]
-    assert engines["weight_bytes"] + engines["cache_bytes"] == pytest.approx(0.8 * 80 * 2**30, abs=2)
-    assert document["headroom_bytes"] == pytest.approx(0.2 * 80 * 2**30 - 3 * 2**30, abs=4)
-    assert set(document["round_seconds"]) == {"generation"} and document["flops_per_update"] == 0
-    few = json.loads(planned("experiment=evaluate_r1", "benchmark.limit=3", "plan.format=json")[1])
-    assert few["samples_per_update"] == 3 * 64
-    code, _, err = planned("experiment=evaluate_r1", "benchmark=mmlu")
-    assert code == 2 and "plan.rows: got nothing" in err
-    sampling = ["experiment=rejection_sampling", "plan.format=json"]
-    assert json.loads(planned(*sampling)[1])["updates"] == 1
-    assert json.loads(planned(*sampling, "plan.rows=1025")[1])["updates"] == 3  # rounds of 512 questions
-
-
 def test_a_table_for_people_of_engines_alone(planned):
     code, out, _ = planned("experiment=evaluate_r1")
     assert code == 0 and "engines of 32 ranks" in out and "in phase generation on every rank" in out
@@ -182,25 +141,66 @@ def test_a_table_for_people_of_engines_alone(planned):
     assert code == 2 and "trains nothing" in err
 
 
-def test_scheduled_lengths(planned):
+def test_the_rows_of_a_reward_model(plan_of, tmp_path):
+    """A pair is two sequences; the file goes before plan.rows, and the last update takes what is left."""
+    arguments = ["experiment=reward_model_helpful"]
+    document = plan_of(*arguments)[1]
+    assert (document["updates"], document["samples_per_update"]) == (258, 512)  # 66,000 / 256 = 257.8
+    assert document["tokens_per_update"] == pytest.approx(512 * 0.2 * 8192, abs=1)
+    safety = plan_of("experiment=reward_model_safety")[1]
+    assert (safety["updates"], safety["samples_per_update"]) == (415, 256)  # 106,000 / 256 = 414.1
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 513 + "\n")
+    document = plan_of(*arguments, f"data.train={tmp_path}/pairs.jsonl", "reward_model.epochs=2")[1]
+    assert document["updates"] == 5  # 1,026 rows
+    with pytest.raises(ConfigError, match=re.escape("plan.rows: got nothing")):
+        plan_of(*arguments, "plan.rows=null")
+
+
+def test_a_reward_model_has_a_score_for_its_logits(plan_of):
+    """The last stage holds V3's last layer, a norm and a row, and no table of 129,280 rows."""
+    last = plan_of("experiment=reward_model_safety")[1]["ranks"][-1]
+    trained = plan_of("experiment=sft_800k", "model.mtp=drop")[1]["ranks"][-1]
+    assert trained["parameters"] - last["parameters"] == 129_280 // 8 * 7168 - 7168
+    assert last["gate_biases"] == trained["gate_biases"] == 256
+    assert last["device_peak"]["train"] < trained["device_peak"]["train"]
+
+
+def test_engines_alone(plan_of):
+    """Nothing is trained: no ranks, the devices are the servers', and the responses are the benchmark's."""
+    document = plan_of("experiment=evaluate_r1")[1]
+    assert (document["ranks"], document["num_gpus"], document["world_size"]) == ([], 32, 0)
+    assert document["samples_per_update"] == 30 * 64 and document["updates"] == 1
+    assert document["tokens_per_update"] == pytest.approx(1920 * (2048 + 0.3 * 32_768), abs=1)
+    engines = document["engines"]
+    assert engines["weight_bytes"] + engines["cache_bytes"] == pytest.approx(0.8 * 80 * 2**30, abs=2)
+    assert document["headroom_bytes"] == pytest.approx(0.2 * 80 * 2**30 - 3 * 2**30, abs=4)
+    assert set(document["round_seconds"]) == {"generation"} and document["flops_per_update"] == 0
+    few = plan_of("experiment=evaluate_r1", "benchmark.limit=3")[1]
+    assert few["samples_per_update"] == 3 * 64
+    with pytest.raises(ConfigError, match=re.escape("plan.rows: got nothing")):
+        plan_of("experiment=evaluate_r1", "benchmark=mmlu")
+    sampling = ["experiment=rejection_sampling"]
+    assert plan_of(*sampling)[1]["updates"] == 1
+    assert plan_of(*sampling, "plan.rows=1025")[1]["updates"] == 3  # rounds of 512 questions
+
+
+def test_scheduled_lengths(plan_of):
     """Memory by the longest response of any round, times by the mean of the rounds' limits."""
-    document = json.loads(planned("experiment=r1_zero", "plan.format=json")[1])
+    document = plan_of("experiment=r1_zero")[1]
     rounds = [65_536 if start >= 8200 else 32_768 for start in range(0, 10_400, 16)]
     mean = sum(rounds) / len(rounds)
     assert document["tokens_per_update"] == pytest.approx(512 * (512 + 0.3 * mean), abs=1)
-    unchanged = json.loads(planned("experiment=r1_zero", "rollout.max_tokens_from=[]", "plan.format=json")[1])
+    unchanged = plan_of("experiment=r1_zero", "rollout.max_tokens_from=[]")[1]
     assert document["ranks"][0]["device_peak"]["train"] == unchanged["ranks"][0]["device_peak"]["train"]  # one pack
     assert document["seconds_per_update"] > unchanged["seconds_per_update"]
-    code, _, err = planned("experiment=r1_zero", "rollout.max_tokens_from=[[16, 200000]]")
-    assert code == 2 and "rollout.max_tokens_from: got 200000" in err
+    with pytest.raises(ConfigError, match=re.escape("rollout.max_tokens_from: got 200000")):
+        plan_of("experiment=r1_zero", "rollout.max_tokens_from=[[16,200000]]")
 
 
-def test_frozen_reward_models(planned):
+def test_frozen_reward_models(plan_of):
     """On the host two models beside the reference; on the device one of them in its phase, and in no other."""
-    document = json.loads(planned("experiment=all_scenario_rl", "plan.format=json")[1])
-    without = json.loads(
-        planned("experiment=all_scenario_rl", "reward.helpful=0", "reward.safety=0", "plan.format=json")[1]
-    )
+    document = plan_of("experiment=all_scenario_rl")[1]
+    without = plan_of("experiment=all_scenario_rl", "reward.helpful=0", "reward.safety=0")[1]
     for rank, plain in zip(document["ranks"], without["ranks"], strict=True):
         own = rank["bytes"].pop("reward models")
         assert rank["bytes"] == plain["bytes"]
