@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from r1mega import cli
 from r1mega.config import io
@@ -17,13 +18,19 @@ from r1mega.plan import held, run
 
 
 @pytest.fixture
-def by_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table instead of Megatron."""
+def by_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The table instead of Megatron, and no Hydra but one's own."""
 
     def from_table(fields, layout, *, freezes_mtp, on_stage):
         return held.table_of(fields).held(layout, freezes_mtp=freezes_mtp)
 
     monkeypatch.setattr(run.holdings, "from_megatron", from_table)
+    # A plan starts Hydra itself, and other tests of this process may have one open.
+    others = GlobalHydra.instance()
+    open_one, others.hydra = others.hydra, None
+    yield
+    GlobalHydra.set_instance(others)
+    others.hydra = open_one
 
 
 @pytest.fixture
