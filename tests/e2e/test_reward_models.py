@@ -62,10 +62,12 @@ DOMAINS = ["math", "helpful", "harmless"]
 def rl_run(models, checkpoint, tmp_path_factory) -> Path:
     """Two updates of RL, in the second of which the models count."""
     place = tmp_path_factory.mktemp("rl")
-    rows = [{"question": f"{i}+1?", "answer": str(i + 1), "domain": DOMAINS[i % 3]} for i in range(12)]
+    rows = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(12)]
+    general = [{"question": f"{i}+2?", "domain": DOMAINS[1 + i % 2]} for i in range(12)]
     train(
         "experiment=r1_zero_gsm8k", f"model.hf={checkpoint('qwen2')}", f"run.dir={place / 'run'}",
         f"data.train={write_rows(place / 'qa.jsonl', rows)}", "data.template=plain", "data.shuffle=false",
+        f"data.general={write_rows(place / 'general.jsonl', general)}", "data.general_share=0.67",
         "algo.updates=2", "algo.updates_per_round=1", "algo.questions_per_round=3", "algo.group_size=2",
         "rollout.max_tokens=24", "reward.workers=0", "reward.preference_from=1",
         "reward.helpful=2", f"reward.helpful_model={models['helpful']}",
@@ -85,7 +87,7 @@ def test_their_scores_join_the_rewards_from_an_update_on(models, checkpoint, rl_
     assert {group.prompt.domain for group in first.groups} == {"math"}
     assert [group.prompt.domain for group in second.groups] == DOMAINS
     for sample in (*second.groups[0].samples, *(sample for group in first.groups for sample in group.samples)):
-        assert set(sample.score.parts) == {"accuracy", "format"}
+        assert set(sample.score.parts) == {"accuracy", "format"}, "of a question of mathematics"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("qwen2"))
     asked = {
         name: AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
@@ -103,9 +105,9 @@ def test_their_scores_join_the_rewards_from_an_update_on(models, checkpoint, rl_
             if name == "safety":
                 expected = torch.tensor(expected).sigmoid().item()
             parts, weight = sample.score.parts, {"helpful": 2, "safety": 1}[name]
-            assert sample.score.error is None and set(parts) == {"accuracy", "format", name}
+            assert sample.score.error is None and set(parts) == {"format", name}
             assert parts[name] == pytest.approx(expected, rel=0, abs=TOLERANCE)
-            assert sample.score.value == pytest.approx(parts["accuracy"] + parts["format"] + weight * parts[name])
+            assert sample.score.value == pytest.approx(parts["format"] + weight * parts[name])
             found[name].append(parts[name])
     last = metrics_of(rl_run)[-1]
     for name, values in found.items():
