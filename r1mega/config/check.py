@@ -16,6 +16,7 @@ from r1mega.config.check_reward import REWARD_BOUNDS, check_rewards
 from r1mega.config.check_reward_model import REWARD_MODEL_BOUNDS, check_reward_models
 from r1mega.config.check_schedule import check_schedule
 from r1mega.config.check_slurm import SLURM_BOUNDS, check_slurm
+from r1mega.config.check_stage import check_stage
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
 from r1mega.config.choices import (
     GENERATING_LOOPS,
@@ -158,6 +159,7 @@ def check(config: Config, *, here: bool = True) -> list[Fault]:
         *bounds,
         *(_check_run_dir(config) if here else ()),
         *(_check_checkpoint(config) if here else ()),
+        *(check_stage(config) if here else ()),
         *_check_device(config, here),
         *check_cluster(config),
         *check_engines(config, here=here),
