@@ -87,7 +87,9 @@ def test_rollouts_beside_the_training(checkpoint, questions, sglang_python, tmp_
         "rollout.max_staleness=1", "rollout.max_tokens=100", "algo.correction_cap=2", "sglang.transport=ipc", rounds=3,
     )  # fmt: skip
     rows = [row for row in rows if "rollout/staleness_max" in row]
-    assert [row["rollout/staleness_max"] for row in rows] == [0, 1, 1]
+    # On a busy machine the second round's sequences may begin only when the new weights are there.
+    staleness = [row["rollout/staleness_max"] for row in rows]
+    assert staleness[0] == 0 and set(staleness) == {0, 1}
     record_property("staleness", [row["rollout/staleness_mean"] for row in rows])
     assert all(row["rollout/used"] == 16 and row["rollout/dropped"] == 0 for row in rows)
     gaps = [row["sync/logprob_gap_max"] for row in rows if "sync/logprob_gap_max" in row]
