@@ -50,14 +50,21 @@ def check_tokens(config: Config) -> list[str]:
         faults += _check_vocabulary((prompt.token_ids for prompt in prompts), fields)
         faults += _check_positions(prompts, config, fields)
         faults += check_sandbox(any(prompt.tests for prompt in prompts), config)
-    asked = [*files[0], *(files[-1] if data.general is not None else ())]
-    return faults + _check_judged(asked, config)
+    return faults + _check_judged(files[0], files[-1] if data.general is not None else (), config)
 
 
-def _check_judged(prompts: Sequence[Prompt], config: Config) -> list[str]:
-    """What reward models are to judge is there."""
-    reward, domains = config.reward, {prompt.domain for prompt in prompts}
-    return [
+def _check_judged(train: Sequence[Prompt], general: Sequence[Prompt], config: Config) -> list[str]:
+    """What reward models are to judge is there, and is not asked before they judge."""
+    reward, early = config.reward, sorted({prompt.domain for prompt in train} & set(DOMAIN_OF.values()))
+    faults = []
+    if reward.preference_from and early:
+        faults.append(
+            f"data.train: got questions of domain {' and '.join(early)}; before update "
+            f"reward.preference_from={reward.preference_from} no model judges them; move them to data.general, or set "
+            "reward.preference_from=0"
+        )
+    domains = {prompt.domain for prompt in (*train, *general)}
+    return faults + [
         f"reward.{name}: got {getattr(reward, name):g}; no question of data.train or data.general has domain "
         f'{domain!r}, which that model judges; give rows "domain": "{domain}", or set reward.{name}=0'
         for name, domain in DOMAIN_OF.items()

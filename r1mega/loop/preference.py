@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from r1mega.config.schedule import has_preferences
 from r1mega.data.summary import final_summary
 from r1mega.loop import records
 from r1mega.loop.wire import RlRun
@@ -26,7 +27,7 @@ def add_scores(run: RlRun, groups: Sequence[SampleGroup]) -> None:
     RuntimeError where the rewards of too many samples failed.
     """
     reward = run.config.reward
-    if not run.reward_models or run.state.update < reward.preference_from:
+    if not run.reward_models or not has_preferences(run.config, run.state.update):
         return
     with run.timer.phase("inference"):
         run.turns.trainer()

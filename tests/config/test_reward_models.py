@@ -114,12 +114,15 @@ def test_a_judge_has_an_address_and_a_name(faults):
 
 
 def test_the_questions_that_models_judge_are_there(composed, inputs):
-    def find(domains: list[str], *overrides: str) -> list[str]:
+    def find(train: list[str], general: list[str], *overrides: str) -> list[str]:
         config = io.typed(composed(f"model.hf={inputs.model}", f"data.train={inputs.qa}", *overrides))
-        prompts = [Prompt(str(i), "q", "a", domain=domain) for i, domain in enumerate(domains)]
-        return late_checks._check_judged(prompts, config)
+        asked = [[Prompt("0", "q", "a", domain=domain) for domain in domains] for domains in (train, general)]
+        return late_checks._check_judged(*asked, config)
 
-    assert find(["math"]) == find(["math", "helpful"], "reward.helpful=1", "reward.preference_from=3") == []
-    (message,) = find(["math", "harmless"], "reward.helpful=1", "reward.safety=1")
-    assert message.startswith("reward.helpful: got 1; no question of data.train or data.general has domain")
+    assert find(["math"], []) == find(["math", "helpful"], [], "reward.helpful=1") == []
+    assert find(["math"], ["helpful"], "reward.helpful=1", "reward.preference_from=3") == []
+    (message,) = find(["math", "harmless"], [], "reward.helpful=1", "reward.safety=1")
+    assert message.startswith("reward.helpful: got 1; no question of data.train or data.general has domain 'helpful'")
+    (message,) = find(["math", "helpful"], ["helpful"], "reward.helpful=1", "reward.preference_from=3")
+    assert message.startswith("data.train: got questions of domain helpful; before update reward.preference_from=3")
     assert set(DOMAIN_OF) == set(MODELS)
