@@ -41,7 +41,7 @@ def main() -> int:
     from transformers import AutoTokenizer
 
     from r1mega.data.templates import prompt_ids, prompt_text
-    from r1mega.rollout.checkpoint_tensors import checkpoint_stream
+    from r1mega.models.hf_io import CheckpointReader
     from r1mega.rollout.embedded import EmbeddedEngine
     from r1mega.rollout.process_reward import ProcessRewardModel
     from r1mega.rollout.tree_search import SearchSettings, search
@@ -51,7 +51,7 @@ def main() -> int:
         settings = SearchSettings(**{name: getattr(arguments, name) for name in names})
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         engine = EmbeddedEngine(arguments.model, tokenizer, device=arguments.device)
-        engine.load(checkpoint_stream(arguments.model), 0)
+        engine.load(CheckpointReader(arguments.model).stream(), 0)
         judge = ProcessRewardModel(arguments.prm, good_label=arguments.good_label, device=arguments.device)
         prompt = prompt_text(arguments.template, arguments.question, tokenizer)
 

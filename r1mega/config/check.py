@@ -11,6 +11,7 @@ from pathlib import Path
 from r1mega.config.check_benchmark import BENCHMARK_BOUNDS, check_benchmark
 from r1mega.config.check_cluster import check_cluster
 from r1mega.config.check_engines import check_engines
+from r1mega.config.check_memory import check_memory
 from r1mega.config.check_plan import PLAN_BOUNDS
 from r1mega.config.check_reward import REWARD_BOUNDS, check_rewards
 from r1mega.config.check_reward_model import REWARD_MODEL_BOUNDS, check_reward_models
@@ -26,9 +27,7 @@ from r1mega.config.choices import (
     Init,
     LayerSpec,
     Loop,
-    Mtp,
     ParamDtype,
-    Recompute,
     Scheduler,
 )
 from r1mega.config.faults import Fault
@@ -133,11 +132,6 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
 )
 
 
-# What can be computed again alone; the last three need Transformer Engine, which then frees their outputs too.
-RECOMPUTED = ("core_attn", "mlp", "moe", "shared_experts")
-RECOMPUTED_BY_TE = (*RECOMPUTED, "mla_up_proj", "layernorm", "moe_act")
-
-
 def check(config: Config, *, here: bool = True) -> list[Fault]:
     """All faults of the configuration itself: bounds, rules between fields, run directory, checkpoint files.
 
@@ -170,7 +164,7 @@ def check(config: Config, *, here: bool = True) -> list[Fault]:
         *check_reward_models(config, here=here),
         *_check_optim(config),
         *_check_lengths(config),
-        *_check_memory(config),
+        *check_memory(config),
         *_check_saving(config),
     ]
     if not any(fault.field.startswith(("algo.", "sft.", "parallel.dp")) for fault in bounds):
@@ -278,31 +272,6 @@ def _check_gpu_only(config: Config, here: bool) -> Iterator[Fault]:
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         constraint = "parameters are gathered by the buckets gradients are reduced in"
         yield Fault("parallel.overlap_param_gather", "true", constraint, "set parallel.overlap_grad_reduce=true")
-
-
-def _check_memory(config: Config) -> Iterator[Fault]:
-    memory, model, on_te = config.memory, config.model, config.device.layer_spec is LayerSpec.te
-    if memory.recompute is Recompute.full and model.mtp is Mtp.train and memory.recompute_num_layers > 1:
-        constraint = "the multi-token-prediction layer is one layer, and is trained here"
-        yield Fault("memory.recompute_num_layers", str(memory.recompute_num_layers), constraint, "set it to 1")
-    if memory.recompute is not Recompute.selective:
-        return
-    allowed = RECOMPUTED_BY_TE if on_te else RECOMPUTED
-    for name in memory.recompute_modules:
-        if name not in allowed:
-            constraint = f"must be among {', '.join(allowed)} with device.layer_spec={config.device.layer_spec}"
-            yield Fault("memory.recompute_modules", name, constraint, "take it out of the list")
-    if "moe" not in memory.recompute_modules:
-        return
-    # The router is asked again in the backward pass, when the tokens at hand are those of another micro-batch.
-    if model.router_balance_coef or model.moe_router_bias_update_rate:
-        constraint = "the router counts tokens by sequence, which it cannot while its module is recomputed alone"
-        remedy = "recompute whole layers (memory.recompute=full), or freeze the router's balance"
-        yield Fault("memory.recompute_modules", "moe", constraint, remedy)
-    elif config.rollout.router_replay:
-        constraint = "the router replays by token, which it cannot while its module is recomputed alone"
-        remedy = "recompute whole layers (memory.recompute=full), or set rollout.router_replay=false"
-        yield Fault("memory.recompute_modules", "moe", constraint, remedy)
 
 
 def _check_saving(config: Config) -> Iterator[Fault]:

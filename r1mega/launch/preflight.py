@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from r1mega.config.check import check, longest_response
+from r1mega.config.check_memory import check_recomputed_layers
 from r1mega.config.check_reward_model import MODELS
 from r1mega.config.check_versions import check_versions
 from r1mega.config.checkpoint_files import is_megatron, read_json_object
-from r1mega.config.choices import EXISTING_LOOPS, GENERATING_LOOPS, DataFormat, Loop, Recompute
+from r1mega.config.choices import EXISTING_LOOPS, GENERATING_LOOPS, DataFormat, Loop
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.data.jsonl import read_rows
@@ -142,15 +143,6 @@ def _faults_of(late_check: Check, config: Config) -> Sequence[Fault | str]:
         return [str(error)]
 
 
-def _check_recomputation(config: Config, layout: Layout, num_layers: int) -> list[Fault]:
-    memory, counts = config.memory, layout.chunk_layers(num_layers)
-    group = memory.recompute_num_layers
-    if memory.recompute is not Recompute.full or all(count % group == 0 for count in counts):
-        return []
-    constraint = f"must divide the layers of every chunk of the pipeline, {sorted(set(counts))}"
-    return [Fault("memory.recompute_num_layers", str(group), constraint, "set it to 1")]
-
-
 def _read_model(directory: Path, faults: list[Fault | str]) -> HfFields | None:
     """The fields of a checkpoint; None where they cannot be had, and why is added to `faults`."""
     path = directory / "config.json"
@@ -170,7 +162,7 @@ def _check_model(config: Config, fields: HfFields, sizes_are_sound: bool) -> lis
     layout = Layout.of(**config.parallel.sizes())
     faults: list[Fault | str] = list(layout.problems(fields.shape())) if sizes_are_sound else []
     if not faults:
-        faults += _check_recomputation(config, layout, fields["num_hidden_layers"])
+        faults += check_recomputed_layers(config, layout.chunk_layers(fields["num_hidden_layers"]))
     if config.precision.fp8 and not faults:
         faults += fp8.problems(fields, layout)
     if sizes_are_sound:

@@ -14,9 +14,9 @@ from r1mega.algo.preference import pairwise_loss, pointwise_loss
 from r1mega.config.choices import DataFormat
 from r1mega.config.schema import Config
 from r1mega.data.preference import PreferenceExample
+from r1mega.loop import supervised
 from r1mega.loop.records import expert_metrics
 from r1mega.loop.wire_supervised import RewardModelRun, wire_reward_model
-from r1mega.metrics.timer import as_metrics
 from r1mega.train.batch import MicroBatch, PackItem
 from r1mega.train.reward_model import MegatronRewardModel, ScoreLoss
 
@@ -38,21 +38,11 @@ def train(run: RewardModelRun) -> None:
             count = min(batch_size, total - state.update * batch_size)
             examples = run.examples.next(count)
             metrics = step(run, examples)
-        state.update += 1
-        seconds = run.timer.finish_round()
-        tokens = sum(example.num_tokens for example in examples)
-        run.log.update(state, metrics | as_metrics(seconds) | {"perf/tokens_per_second": tokens / seconds["train"]})
+        supervised.close_update(run, metrics, sum(example.num_tokens for example in examples))
         if is_evaluation_due(run):
             evaluate(run)
-        every = config.export.every
-        if every > 0 and state.update % every == 0:
-            run.export(f"hf-{state.update:06d}")
-        run.checkpoints.poll()
-        if run.checkpoints.is_due(state):
-            run.checkpoints.save(state, run.examples.state_dict(), run.log)
-    if config.export.hf:
-        run.export("hf")
-    run.log.finish(state)
+        supervised.keep(run)
+    supervised.finish(run)
 
 
 def step(run: RewardModelRun, examples: Sequence[PreferenceExample]) -> dict[str, float]:

@@ -6,9 +6,9 @@ import torch
 
 from r1mega.config.schema import Config
 from r1mega.data.sft import SftExample
+from r1mega.loop import supervised
 from r1mega.loop.records import expert_metrics
 from r1mega.loop.wire_supervised import SftRun, wire_sft
-from r1mega.metrics.timer import as_metrics
 from r1mega.train.batch import MicroBatch, PackItem
 
 
@@ -25,19 +25,9 @@ def train(run: SftRun) -> None:
         with run.timer.phase("train"):
             items = [pack_item(example) for example in run.examples.next(config.sft.batch_size)]
             metrics = step(run, items)
-        state.update += 1
-        seconds = run.timer.finish_round()
-        tokens = sum(len(item.tokens) for item in items)
-        run.log.update(state, metrics | as_metrics(seconds) | {"perf/tokens_per_second": tokens / seconds["train"]})
-        every = config.export.every
-        if every > 0 and state.update % every == 0:
-            run.export(f"hf-{state.update:06d}")
-        run.checkpoints.poll()
-        if run.checkpoints.is_due(state):
-            run.checkpoints.save(state, run.examples.state_dict(), run.log)
-    if config.export.hf:
-        run.export("hf")
-    run.log.finish(state)
+        supervised.close_update(run, metrics, sum(len(item.tokens) for item in items))
+        supervised.keep(run)
+    supervised.finish(run)
 
 
 def pack_item(example: SftExample) -> PackItem:

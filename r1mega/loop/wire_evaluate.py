@@ -171,12 +171,12 @@ def _columns(benchmark: BenchmarkConfig) -> rows.Columns:
 
 
 def _embedded(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Engine:
-    from r1mega.rollout.checkpoint_tensors import checkpoint_stream
+    from r1mega.models.hf_io import CheckpointReader
     from r1mega.rollout.embedded import EmbeddedEngine
 
     path = weights_dir(config)
     engine = EmbeddedEngine(path, tokenizer, torch_dtype(config.precision.params), device, config.rollout.max_batch)
-    engine.load(checkpoint_stream(path), VERSION)
+    engine.load(CheckpointReader(path).stream(), VERSION)
     return engine
 
 

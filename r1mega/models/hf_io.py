@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from r1mega.config.checkpoint_files import TOKENIZER_FILES
 from r1mega.models.hf_fields import HfFields
 from r1mega.models.param_map import HfTensor
+from r1mega.types import NamedTensors
 
 _CONFIGS = ("config.json", "generation_config.json")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -73,6 +74,16 @@ class CheckpointReader:
                 f"{self.path}: {tensor.name}: got dtype {value.dtype}; must be float; convert it to bf16 first"
             )
         return value
+
+    def stream(self) -> NamedTensors:
+        """(name, tensor) of the whole checkpoint as an engine loads it, one file after the other.
+
+        Where the embeddings are tied, a head that some writers store besides is left out.
+        """
+        tied = json.loads((self.path / "config.json").read_text("utf-8")).get("tie_word_embeddings", False)
+        for name, file in sorted(self.where.items(), key=lambda entry: entry[::-1]):
+            if not (tied and name == "lm_head.weight"):
+                yield name, self._open(file).get_tensor(name)
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtype of every tensor, from the file headers alone."""

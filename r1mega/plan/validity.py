@@ -7,8 +7,9 @@ from pathlib import Path
 
 from r1mega.config.check import check, longest_response
 from r1mega.config.check_cluster import server_ranks
+from r1mega.config.check_memory import check_recomputed_layers
 from r1mega.config.check_reward_model import MODELS
-from r1mega.config.choices import Loop, Mtp, Recompute
+from r1mega.config.choices import Loop, Mtp
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.models import cards, fp8, hf_fields
@@ -55,7 +56,7 @@ def problems(config: Config, fields: HfFields, layout: Layout) -> list[Fault | s
     found = layout.problems(fields.shape())
     faults += [problem for problem in found if not any(problem == str(fault) for fault in faults)]
     if not found:
-        faults += _recomputation(config, layout, fields["num_hidden_layers"])
+        faults += check_recomputed_layers(config, layout.chunk_layers(fields["num_hidden_layers"]))
         faults += fp8.problems(fields, layout) if config.precision.fp8 else []
         faults += _served(config, fields)
     field, longest = longest_response(config)
@@ -84,15 +85,6 @@ def asked_models(config: Config, fields: HfFields) -> dict[str, HfFields]:
                 field = f"reward.{name}_model"
                 raise ConfigError([f"{field}: {line}" for line in str(error).splitlines()]) from error
     return found
-
-
-def _recomputation(config: Config, layout: Layout, num_layers: int) -> list[Fault]:
-    memory, counts = config.memory, layout.chunk_layers(num_layers)
-    group = memory.recompute_num_layers
-    if memory.recompute is not Recompute.full or all(count % group == 0 for count in counts):
-        return []
-    constraint = f"must divide the layers of every chunk of the pipeline, {sorted(set(counts))}"
-    return [Fault("memory.recompute_num_layers", str(group), constraint, "set it to 1")]
 
 
 def _served(config: Config, fields: HfFields) -> list[Fault]:

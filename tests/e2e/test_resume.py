@@ -47,7 +47,8 @@ def rl(checkpoint: Path, files: Path, run_dir: Path) -> list[str]:
         "algo.updates=6", "algo.questions_per_round=2", "algo.group_size=4", "algo.updates_per_round=2",
         "algo.kl_coef=1.0", "algo.reference_refresh=4", "rollout.max_tokens=24", "optim.lr=1e-3",
         "rollout.max_tokens_from=[[3,32]]",  # of the third round alone, which begins at update 4
-        "optim.weight_decay=10", "model.moe_router_bias_update_rate=0.01", "checkpoint.every=2",
+        # In update 5 the reference is the policy, and the gradient is rounding alone: Adam shall not make steps of it.
+        "optim.eps=1e-4", "optim.weight_decay=10", "model.moe_router_bias_update_rate=0.01", "checkpoint.every=2",
         "data.template=plain", "reward.workers=0", *COMMON,
     ]  # fmt: skip
 
@@ -199,20 +200,16 @@ def test_offloading_changes_nothing(rl_runs, whole_rl):
 
 
 def test_rl_goes_on_at_another_layout(rl_runs, checkpoint, files, whole_rl, tmp_path):
-    """fp32 sums in another order: gradient norms and weights after four more updates within 1e-4.
-
-    Most weights are within 1e-6. But in update 5 the reference is the policy: its gradient is rounding alone, by which
-    Adam moves rows of the embedding that no update has moved before.
-    """
+    """fp32 sums in another order: gradient norms within 1e-5, weights after four more updates within 1e-5."""
     run_dir = tmp_path / "run"
     shutil.copytree(ended(rl_runs, "killed").with_name("killed-stopped"), run_dir)
     overrides = rl(checkpoint("deepseek_v3"), files, run_dir)
     resumed = train(*overrides, "run.resume=true", "parallel.tp=2")
     assert resumed.returncode == 0, resumed.stderr
     for mine, expected in zip(metrics_of(run_dir), metrics_of(whole_rl), strict=True):
-        assert mine["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-4, abs=1e-5)
+        assert mine["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-5, abs=1e-5)
     ours, theirs = weights_of(run_dir), weights_of(whole_rl)
-    assert max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs) < 1e-4
+    assert max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs) < 1e-5
     assert any(not torch.equal(ours[n], theirs[n]) for n in theirs), "another layout that rounds alike proves little"
 
 
