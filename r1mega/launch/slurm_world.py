@@ -94,8 +94,8 @@ class World:
         """What is known of ranks that have ended without a report."""
         where = []
         for rank in silent[:_SHOWN]:
-            started = self.folder / STARTED.format(rank)
-            where.append(f"{rank} ({f'on {started.read_text()}' if started.exists() else 'never started'})")
+            node = self._node(rank)
+            where.append(f"{rank} ({f'on {node}' if node else 'never started'})")
         more = f" and {len(silent) - _SHOWN} more" if len(silent) > _SHOWN else ""
         said = "\n".join(f"  | {line}" for line in tail(log).splitlines())
         ranks = f"ranks {', '.join(where)}{more} of {self.size} ended without a word" if silent else "srun failed"
@@ -107,8 +107,14 @@ class World:
             match = _REPORT.fullmatch(path.name)
             if match:
                 rank = int(match[1])
-                found.append(EndedRank(rank, int(path.read_text()), self.log_dir / f"rank{rank}.log"))
+                log = self.log_dir / f"rank{rank}.log"
+                found.append(EndedRank(rank, int(path.read_text()), log, node=self._node(rank)))
         return found
+
+    def _node(self, rank: int) -> str | None:
+        """The machine that a rank said it was on."""
+        path = self.folder / STARTED.format(rank)
+        return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def _end(step: subprocess.Popen[bytes]) -> None:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -60,11 +60,13 @@ class Companions(Protocol):
 
 @dataclass
 class EndedRank:
-    """How one rank ended, and where it wrote. `status` is as Popen.returncode; None while it runs."""
+    """How one rank ended, and where it wrote. `status` is as Popen.returncode; None while it runs. `node` is its
+    machine, where there are several."""
 
     rank: int
     status: int | None
     log: Path
+    node: str | None = field(default=None, kw_only=True)
 
     @property
     def has_failed(self) -> bool:
@@ -216,6 +218,14 @@ def blame(rank: EndedRank) -> tuple[bool, bool, int, int]:
     return follows, rank.status > 0, rank.log.stat().st_mtime_ns, rank.rank
 
 
+# What NCCL's watchdog and gloo say of a collective that took too long.
+_TIMED_OUT = ("Watchdog caught collective operation timeout", "Timed out waiting")
+_WAITED = (
+    "it waited in a collective for longer than run.timeout_minutes: the cause is a rank that did not come, whose log "
+    "ends earlier than the others', or a limit that is too short for what that rank was doing"
+)
+
+
 def failure(culprit: EndedRank, world_size: int) -> WorldResult:
     """The result of a world in which this rank failed first, with its last words."""
     status = culprit.status
@@ -223,8 +233,10 @@ def failure(culprit: EndedRank, world_size: int) -> WorldResult:
     how = f"exit code {status}" if status > 0 else f"killed by {signal_name(-status)}"
     words = tail(culprit.log)
     said = "\n".join(f"  | {line}" for line in words.splitlines()) or "  | (its log is empty)"
-    headline = f"rank {culprit.rank} of {world_size} failed first ({how}); all ranks have ended"
-    message = f"{headline}\n{said}\nlog: {culprit.log}"
+    where = f" on {culprit.node}" if culprit.node else ""
+    headline = f"rank {culprit.rank} of {world_size}{where} failed first ({how}); all ranks have ended"
+    hint = f"\n{_WAITED}" if any(sign in words for sign in _TIMED_OUT) else ""
+    message = f"{headline}\n{said}\nlog: {culprit.log}{hint}"
     return WorldResult(status if status > 0 else 128 - status, culprit.rank, message)
 
 

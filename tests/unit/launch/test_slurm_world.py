@@ -109,7 +109,7 @@ sleep 60
     result = world(tmp_path, script).run()
     assert time.monotonic() - began < 30
     assert (result.exit_code, result.failed_rank) == (1, 2)
-    assert result.message.startswith("rank 2 of 4 failed first (exit code 1); all ranks have ended")
+    assert result.message.startswith("rank 2 of 4 on n2 failed first (exit code 1); all ranks have ended")
     assert "ValueError: the cause" in result.message
 
 

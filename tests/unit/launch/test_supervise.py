@@ -71,7 +71,24 @@ def test_a_crash_ends_the_world_and_is_named_with_its_traceback(tmp_path: Path) 
     assert "Traceback (most recent call last)" in result.message
     assert "RuntimeError: the bolt is loose" in result.message
     assert str(tmp_path / "logs" / "rank1.log") in result.message
+    assert "run.timeout_minutes" not in result.message
     assert all(is_gone(int(file.read_text()), 0.1) for file in tmp_path.glob("pid*"))
+
+
+def test_who_waited_too_long_in_a_collective_is_told_the_limit_and_where_to_look(tmp_path: Path) -> None:
+    """The words are gloo's own: two ranks of a real group, of which one does not come."""
+    code = """
+from datetime import timedelta
+import torch, torch.distributed as dist
+store = dist.FileStore(os.environ["PLACE"], 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=1))
+if rank == 0:
+    dist.all_reduce(torch.zeros(1))
+time.sleep(60)
+"""
+    result = world(tmp_path, code, size=2, PLACE=str(tmp_path / "store"))
+    assert result.failed_rank == 0
+    assert "waited in a collective for longer than run.timeout_minutes" in result.message
 
 
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
