@@ -9,6 +9,7 @@ import re
 import string
 from collections import Counter
 
+from r1mega.reward.answer import spoken
 from r1mega.reward.math import extract_answer, last_boxed
 from r1mega.types import Prompt, Score
 
@@ -22,11 +23,6 @@ _LETTER_LINE = re.compile(
 _LETTER = re.compile(rf"\W*([{LETTERS}])(?:\W.*)?", re.DOTALL)
 _TEXT_LINE = re.compile(r"(?i:answer)[ \t*]*[:：][ \t*]*(.+)")
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
-
-
-def spoken(text: str) -> str:
-    """The response without its thinking; empty where the thinking never ends."""
-    return text.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
 
 
 def answer_letter(text: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from r1mega.data.jsonl import read_rows
 from r1mega.data.prompts import PromptSource
-from r1mega.types import DOMAINS, Prompt
+from r1mega.types import WITHOUT_ANSWER, Prompt
 
 GENERAL = "general"
 
@@ -17,14 +17,15 @@ def read_general(path: str | Path, question_key: str = "question") -> list[Promp
     """The general questions of a JSONL file, without answers and not yet tokenized; a prompt's id is `path:line`.
 
     A row may say its `domain`, by which it finds its reward: `helpful` and `harmless` belong each to one reward model;
-    it is `general` otherwise. Raises ValueError naming
-    `path:line` for an empty file, a malformed line, or a key that is missing, blank or no text.
+    it is `general` otherwise. Raises ValueError naming `path:line` for an empty file, a malformed line, a key that is
+    missing, blank or no text, or a domain whose questions need an answer.
     """
     prompts = []
     for line, row in read_rows(path, (question_key,)):
         domain = row.get("domain", GENERAL)
-        if domain not in DOMAINS:
-            raise ValueError(f"{path}:{line}: 'domain' must be one of {', '.join(DOMAINS)}, got {str(domain)[:80]!r}")
+        if domain not in WITHOUT_ANSWER:
+            known = ", ".join(WITHOUT_ANSWER)
+            raise ValueError(f"{path}:{line}: 'domain' must be one of {known} here, got {str(domain)[:80]!r}")
         prompts.append(Prompt(id=f"{path}:{line}", question=row[question_key], answer="", domain=domain))
     return prompts
 

@@ -13,7 +13,6 @@ from itertools import groupby
 from pathlib import Path
 
 from r1mega.benchmark import graders, rating, report, show
-from r1mega.benchmark.answers import spoken
 from r1mega.benchmark.estimates import cluster
 from r1mega.benchmark.graders import Sameness
 from r1mega.benchmark.samples import Graded, SampleFile
@@ -29,6 +28,7 @@ from r1mega.loop.wire_evaluate import (
 )
 from r1mega.parallel.collectives import gather, share
 from r1mega.parallel.seed import derive
+from r1mega.reward.answer import spoken
 from r1mega.reward.pool import RewardPool
 from r1mega.types import Completion, FinishReason, Prompt, Request, SamplingParams, Score
 

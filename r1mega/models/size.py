@@ -15,7 +15,7 @@ from r1mega.models.hf_fields import HfFields
 
 
 def model_shape(fields: HfFields) -> ModelShape:
-    """The decoder of a config.json, without a multi-token-prediction layer."""
+    """The decoder of a config.json, without a multi-token-prediction layer; FLOPs are reckoned from it too."""
     experts = None
     if fields.is_moe:
         attention: GroupedQueryAttention | LatentAttention = LatentAttention(
@@ -48,7 +48,7 @@ def model_shape(fields: HfFields) -> ModelShape:
         ffn=fields["intermediate_size"],
         attention=attention,
         experts=experts,
-        tied_embedding=fields["tie_word_embeddings"],
+        tied_embedding=fields["tie_word_embeddings"] and not fields.has_score,
     )
 
 

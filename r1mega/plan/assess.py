@@ -10,6 +10,7 @@ from r1mega.config.choices import EngineKind, Transport
 from r1mega.config.schedule import has_preferences
 from r1mega.config.schema import Config
 from r1mega.models.hf_fields import HfFields
+from r1mega.models.size import model_shape
 from r1mega.parallel.layout import Layout
 from r1mega.plan import job as jobs
 from r1mega.plan import validity
@@ -151,7 +152,7 @@ def assess(config: Config, fields: HfFields, held: list[Held]) -> Assessment:
     layout = Layout.of(**config.parallel.sizes())
     job, compute, states = jobs.job_of(config), jobs.compute_of(config), jobs.states_of(config)
     layers = Layers(fields, layout, compute)
-    speed = Speed(config, fields, layout, job, jobs.shape_of(fields), held)
+    speed = Speed(config, fields, layout, job, model_shape(fields), held)
     pack, further = job.worst_pack(layout), jobs.trains_mtp(config, fields)
     frozen = _frozen(config, fields, layout) if job.trains else {}
     ranks = [

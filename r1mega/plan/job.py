@@ -18,7 +18,6 @@ from r1mega.config.choices import (
 )
 from r1mega.config.schedule import max_tokens_at, most_tokens
 from r1mega.config.schema import Config
-from r1mega.metrics.flops import Experts, GroupedQueryAttention, LatentAttention, ModelShape
 from r1mega.models.hf_fields import HfFields
 from r1mega.parallel.layout import Layout
 from r1mega.plan.activations import Compute, Pack
@@ -230,26 +229,3 @@ def engine_of(config: Config, fields: HfFields) -> Engine | None:
 def trains_mtp(config: Config, fields: HfFields) -> bool:
     """Whether the multi-token-prediction layer is computed in training."""
     return fields.num_mtp_layers > 0 and config.model.mtp is Mtp.train
-
-
-def shape_of(fields: HfFields) -> ModelShape:
-    """The model's shape as FLOPs are reckoned from it."""
-    attention: GroupedQueryAttention | LatentAttention
-    experts = None
-    if fields.is_moe:
-        attention = LatentAttention(
-            fields["num_attention_heads"], fields["q_lora_rank"], fields["kv_lora_rank"], fields["qk_nope_head_dim"],
-            fields["qk_rope_head_dim"], fields["v_head_dim"],
-        )  # fmt: skip
-        experts = Experts(
-            fields["n_routed_experts"], fields["num_experts_per_tok"], fields["moe_intermediate_size"],
-            fields["n_shared_experts"], fields["first_k_dense_replace"], gate_bias=True,
-        )  # fmt: skip
-    else:
-        attention = GroupedQueryAttention(
-            fields["num_attention_heads"], fields["num_key_value_heads"], fields.head_dim, fields.family == "qwen2"
-        )
-    return ModelShape(
-        fields["hidden_size"], fields["num_hidden_layers"], fields["vocab_size"], fields["intermediate_size"],
-        attention, experts, fields["tie_word_embeddings"] and not fields.has_score,
-    )  # fmt: skip

@@ -18,11 +18,12 @@ from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.metrics.flops import ModelShape
 from r1mega.models.hf_fields import HfFields
+from r1mega.models.size import model_shape
 from r1mega.parallel.layout import Layout
 from r1mega.plan import rows, validity
 from r1mega.plan.assess import Assessment, assess
 from r1mega.plan.held import Table, table_of
-from r1mega.plan.job import GIB, shape_of
+from r1mega.plan.job import GIB
 from r1mega.plan.run import DOES_NOT_FIT, FITS, Progress
 
 _MAX_PP, _MAX_CP = 32, 16
@@ -93,7 +94,7 @@ def _assessed(config: Config, fields: HfFields, table: Table, layout: Layout, re
 def _layouts(config: Config, fields: HfFields) -> Iterator[Layout]:
     """Powers of two on every axis, layers dealt so that the stages' FLOPs are as even as can be."""
     gpus = config.cluster.num_gpus - _beside(config)
-    shape, numbers = shape_of(fields), fields.shape()
+    shape, numbers = model_shape(fields), fields.shape()
     for tp in _powers(min(config.plan.search_max_tp, config.cluster.gpus_per_node)):
         for pp in _powers(min(_MAX_PP, numbers.num_layers)):
             for cp in _powers(_MAX_CP):

@@ -10,11 +10,12 @@ import pytest
 from r1mega.metrics.flops import total_parameters
 from r1mega.models import cards, hf_fields
 from r1mega.models.hf_fields import parse
+from r1mega.models.size import model_shape
 from r1mega.parallel.layout import Layout
 from r1mega.plan.activations import Compute, Layers, Pack
 from r1mega.plan.engine import Engine
 from r1mega.plan.held import Held, Table
-from r1mega.plan.job import GIB, shape_of
+from r1mega.plan.job import GIB
 from r1mega.plan.memory import StageMemory, States
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -83,7 +84,7 @@ def test_the_cache_of_a_token_is_as_published():
 @pytest.mark.parametrize("fields", [V3, QWEN_72B], ids=["v3", "qwen"])
 def test_an_engine_holds_the_model_and_no_more_when_it_is_cut(fields):
     whole = Engine(fields, 1, 1, "bf16", 2.0).weights()
-    assert whole / 2 == pytest.approx(total_parameters(shape_of(fields)), rel=1e-4)
+    assert whole / 2 == pytest.approx(total_parameters(model_shape(fields)), rel=1e-4)
     eighth = Engine(fields, 8, 1, "bf16", 2.0).weights()
     assert whole / 8 < eighth < 1.1 * whole / 8
     assert Engine(fields, 8, 8, "bf16", 2.0).weights() > eighth  # attention is repeated
