@@ -106,14 +106,13 @@ sandbox:
 	    fi
 	fi
 
-# What starts no worlds of processes, and does not look at what programs in a sandbox leave behind.
-TWO_AT_A_TIME := tests/config $(filter-out %/reward %/tools %/__pycache__,$(wildcard tests/unit/*))
+# Two tests at a time, each file's one after another (tests/conftest.py), what takes longest first; a test's own processes
+# have the same two cores.
+TEST_FOLDERS := $(addprefix tests/,e2e engine dist parity slurm gpu unit config)
 
 test: lint sglang-cpu slurm-test-env sandbox
-	@failed=0
-	$(PY) -m pytest -n 2 --dist loadfile $(TWO_AT_A_TIME) || failed=1
-	R1MEGA_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python" $(PY) -m pytest $(addprefix --ignore=,$(TWO_AT_A_TIME)) || failed=1
-	exit $$failed
+	@R1MEGA_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python" OMP_NUM_THREADS=1 \
+	    $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(TEST_FOLDERS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

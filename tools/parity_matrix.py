@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
         default="with",
         help="the cells of recomputation and the like (default: with, unless --layouts chooses others)",
     )
+    parser.add_argument("--core", action="store_true", help="only the cells that `make test` compares")
     parser.add_argument(
         "--break",
         dest="broken",
@@ -60,7 +61,7 @@ def main() -> int:
     if args.work:
         return run_rank(args)
     try:
-        planned = cells.plan(args.families, args.layouts, args.levers, args.broken)
+        planned = cells.plan(args.families, args.layouts, args.levers, args.broken, core=args.core)
         with tempfile.TemporaryDirectory(prefix="parity_matrix-") as work:
             found = run_worlds(args, planned, Path(work))
     except ValueError as error:

@@ -13,6 +13,7 @@ import pytest
 
 import parity_matrix
 from parity import cells
+from parity.nursery import Nursery
 from r1mega.launch import supervise
 
 TOOL = Path(parity_matrix.__file__).resolve()
@@ -25,22 +26,64 @@ def matrix(*options: object, timeout: float = 290) -> subprocess.CompletedProces
     return subprocess.run(argv, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.fixture(scope="module")
-def found(nursery, tmp_path_factory):
-    """Exit code and cells of the whole matrix, levers and all; its worlds come from the nursery."""
-    out, told = tmp_path_factory.mktemp("matrix") / "cells.json", io.StringIO()
+def measured(nursery: Nursery, out: Path, *options: str) -> tuple[int, list[dict]]:
+    """Exit code and cells of the program in this process; its worlds come from the nursery."""
+    told = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(told):
-        patch.setattr(sys, "argv", [str(TOOL), "--json", str(out)])
+        patch.setattr(sys, "argv", [str(TOOL), "--json", str(out), *options])
         patch.setattr(supervise, "run_world", nursery.run_world)
         exit_code = parity_matrix.main()
     assert out.exists(), told.getvalue()
     return exit_code, json.loads(out.read_text())
 
 
-@pytest.mark.timeout(600)  # the first of them runs all cells
+@pytest.fixture(scope="module")
+def core(nursery, tmp_path_factory):
+    """The cells of every commit, levers and all."""
+    return measured(nursery, tmp_path_factory.mktemp("core") / "cells.json", "--core")
+
+
+@pytest.fixture(scope="module")
+def whole(nursery, tmp_path_factory):
+    """All cells, levers and all."""
+    return measured(nursery, tmp_path_factory.mktemp("whole") / "cells.json")
+
+
+def assert_same_numbers(found: list[dict], family: str, num_cells: int, num_refused: int) -> None:
+    mine = [cell for cell in found if cell["family"] == family and not cell["options"]]
+    compared = [cell for cell in mine if "refused" not in cell]
+    assert (len(compared), len(mine) - len(compared)) == (num_cells, num_refused)
+    assert len({cell["layout"] for cell in mine}) == len(mine)
+    assert [cells.line(cell) for cell in compared if not cells.is_green(cell)] == []
+
+
+# Two key and value heads cannot be cut over four ranks: the refused ones.
+@pytest.mark.timeout(900)  # the first of them runs all cells
 @pytest.mark.parametrize(
     ("family", "num_cells", "num_refused"),
-    # Two key and value heads cannot be cut over four ranks.
+    [("deepseek_v3", 3, 0), ("deepseek_v3_mtp", 9, 0), ("deepseek_v3_replay", 2, 0), ("qwen2", 4, 1), ("llama", 5, 0)],
+)
+def test_layouts_give_the_same_numbers(core, family, num_cells, num_refused):
+    assert_same_numbers(core[1], family, num_cells, num_refused)
+
+
+@pytest.mark.timeout(900)
+def test_the_levers_change_nothing(core):
+    """Recomputation, overlapped communication, small chunks of logits; bf16 within its own tolerance."""
+    with_levers = [cell for cell in core[1] if cell["options"]]
+    assert {name for cell in with_levers for name in cell["options"]} >= LEVERS
+    assert [cells.line(cell) for cell in with_levers if not cells.is_green(cell)] == []
+
+
+@pytest.mark.timeout(900)
+def test_all_green_is_exit_code_0(core):
+    assert core[0] == 0
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("family", "num_cells", "num_refused"),
     [
         ("deepseek_v3", 17, 0),
         ("deepseek_v3_mtp", 28, 0),
@@ -49,35 +92,26 @@ def found(nursery, tmp_path_factory):
         ("llama", 15, 1),
     ],
 )
-def test_every_layout_gives_the_same_numbers(found, family, num_cells, num_refused):
-    mine = [cell for cell in found[1] if cell["family"] == family and not cell["options"]]
-    compared = [cell for cell in mine if "refused" not in cell]
-    assert (len(compared), len(mine) - len(compared)) == (num_cells, num_refused)
-    assert len({cell["layout"] for cell in mine}) == len(mine)
-    assert [cells.line(cell) for cell in compared if not cells.is_green(cell)] == []
+def test_every_layout_gives_the_same_numbers(whole, family, num_cells, num_refused):
+    assert_same_numbers(whole[1], family, num_cells, num_refused)
 
 
-@pytest.mark.timeout(600)
-def test_the_levers_change_nothing(found):
-    """Recomputation, overlapped communication, small chunks of logits; bf16 within its own tolerance."""
-    with_levers = [cell for cell in found[1] if cell["options"]]
-    assert {name for cell in with_levers for name in cell["options"]} >= LEVERS
+@pytest.mark.extended
+@pytest.mark.timeout(3600)
+def test_no_lever_changes_anything(whole):
+    with_levers = [cell for cell in whole[1] if cell["options"]]
+    assert len(with_levers) == len(cells.LEVERS)
     assert [cells.line(cell) for cell in with_levers if not cells.is_green(cell)] == []
 
 
-@pytest.mark.timeout(600)
-def test_all_green_is_exit_code_0(found):
-    assert found[0] == 0
-
-
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory):
-    """Family and mistake -> the cell of two tensor-parallel ranks; from the program as it is started by people."""
-    out = tmp_path_factory.mktemp("broken") / "cells.json"
+def broken(nursery, tmp_path_factory):
+    """Family and mistake -> the cell of two tensor-parallel ranks."""
     names = ("layernorm_reduction", "expert_reduction", "down_projection", "gate_up")
-    result = matrix("--break", *names, "--families", "deepseek_v3", "llama", "--layouts", "tp=2", "--json", out)
-    assert result.returncode == 1, result.stdout + result.stderr
-    return {(cell["family"], cell["broken"]): cell for cell in json.loads(out.read_text())}
+    options = ("--break", *names, "--families", "deepseek_v3", "llama", "--layouts", "tp=2")
+    exit_code, found = measured(nursery, tmp_path_factory.mktemp("broken") / "cells.json", *options)
+    assert exit_code == 1
+    return {(cell["family"], cell["broken"]): cell for cell in found}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +135,7 @@ def test_known_mistakes_turn_cells_red(broken, mistake, family, worst):
 
 
 def test_experts_replayed_a_token_late_turn_a_cell_red(tmp_path):
+    """From the program as people start it."""
     out = tmp_path / "cells.json"
     result = matrix("--break", "late_choice", "--families", "deepseek_v3_replay", "--layouts", "1", "--json", out)
     assert result.returncode == 1, result.stdout + result.stderr

@@ -38,39 +38,57 @@ _LAYOUTS_OF = {
     "deepseek_v3": MOE_LAYOUTS, "deepseek_v3_mtp": LAYOUTS, "deepseek_v3_replay": REPLAY_LAYOUTS,
     "qwen2": DENSE_LAYOUTS, "llama": DENSE_LAYOUTS,
 }  # fmt: skip
-LEVERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+# What every commit is compared at: each axis and each pair of axes that share code, once, in the family that has the
+# most of it; the whole matrix takes four times as long.
+CORE_LAYOUTS = {
+    "deepseek_v3": ("pp=2,stages=1+3", "cp=2", "ep=4,dp=4"),
+    "deepseek_v3_mtp": (
+        "1", "tp=2,etp=2", "pp=2,vpp=2,stages=2+1+1+0", "cp=2,ep=2", "tp=2,pp=2,ep=2", "tp=2,cp=2,ep=2",
+        "pp=2,ep=2,dp=2", "tp=2,ep=2,etp=2,dp=2", "tp=2,cp=2,pp=2,ep=4",
+    ),
+    "deepseek_v3_replay": ("tp=2,pp=2,ep=2", "cp=2"),
+    "qwen2": ("1", "tp=2,cp=2", "cp=2,pp=2", "tp=2,dp=2", "tp=4"),
+    "llama": ("1", "tp=2,pp=2", "pp=4", "cp=4", "pp=2,dp=2"),
+}  # fmt: skip
+Lever = tuple[str, str, dict[str, Any]]  # family, layout, options
+CORE_LEVERS: tuple[Lever, ...] = (
     ("deepseek_v3_mtp", "tp=2,pp=2,ep=2", {"recompute": "full", "recompute_num_layers": 1}),
-    ("deepseek_v3", "tp=2,cp=2", {"recompute": "full", "recompute_num_layers": 2}),
     ("deepseek_v3", "tp=2,ep=2", {"recompute": "selective", "recompute_modules": ("core_attn", "shared_experts")}),
-    ("deepseek_v3_mtp", "pp=2,vpp=2", {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),
-    ("qwen2", "tp=2,cp=2", {"recompute": "selective", "recompute_modules": ("core_attn",)}),
-    ("deepseek_v3_replay", "tp=2", {"recompute": "full", "recompute_num_layers": 1}),
     ("llama", "tp=2,pp=2", {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),
-    ("llama", "pp=2", {"recompute": "full", "recompute_num_layers": 2}),
-    ("deepseek_v3", "tp=2,dp=2", {"overlap_grad_reduce": True}),
     ("deepseek_v3_mtp", "tp=2,ep=2", {"logprob_chunk_tokens": 7}),
     # Not of experts: where two of them score alike, rounding picks either, and the outputs differ as they please.
     ("llama", "tp=2", {"params_dtype": "bfloat16"}),
     ("qwen2", "pp=2,dp=2", {"overlap_grad_reduce": True, "overlap_param_gather": True}),
 )
+LEVERS: tuple[Lever, ...] = (
+    *CORE_LEVERS,
+    ("deepseek_v3", "tp=2,cp=2", {"recompute": "full", "recompute_num_layers": 2}),
+    ("deepseek_v3_mtp", "pp=2,vpp=2", {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}),
+    ("qwen2", "tp=2,cp=2", {"recompute": "selective", "recompute_modules": ("core_attn",)}),
+    ("deepseek_v3_replay", "tp=2", {"recompute": "full", "recompute_num_layers": 1}),
+    ("llama", "pp=2", {"recompute": "full", "recompute_num_layers": 2}),
+    ("deepseek_v3", "tp=2,dp=2", {"overlap_grad_reduce": True}),
+)
 HEADER = f"{'family':<16} {'layout':<26} {'log-prob':>9} {'gradient':>9} {'weights':>9} {'bias':>7}  worst gradient"
 
 
-def plan(families: Sequence[str], layouts: list[str] | None, levers: str, broken: Sequence[str] = ()) -> list[dict]:
+def plan(
+    families: Sequence[str], layouts: list[str] | None, levers: str, broken: Sequence[str] = (), *, core: bool = False
+) -> list[dict]:
     """The cells asked for, once for each mistake of `broken` where there are any; `levers` is with, without or only.
 
-    Raises ValueError for a layout that cannot be read.
+    With `core` only those of every commit. Raises ValueError for a layout that cannot be read.
     """
     from r1mega.parallel.layout import Layout
 
     found = []
     for family in families if levers != "only" else ():
-        chosen = layouts or _LAYOUTS_OF[family]
+        chosen = layouts or (CORE_LAYOUTS if core else _LAYOUTS_OF)[family]
         found += [{"family": family, "layout": str(Layout.parse(layout)), "options": {}} for layout in chosen]
     if levers == "only" or (levers == "with" and layouts is None):
         found += [
             {"family": family, "layout": str(Layout.parse(layout)), "options": options}
-            for family, layout, options in LEVERS
+            for family, layout, options in (CORE_LEVERS if core else LEVERS)
             if family in families
         ]
     return [cell | {"broken": name} for name in broken or (None,) for cell in found]
