@@ -112,7 +112,7 @@ TEST_FOLDERS := $(addprefix tests/,e2e engine dist parity slurm gpu unit config)
 
 test: lint sglang-cpu slurm-test-env sandbox
 	@R1MEGA_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python" OMP_NUM_THREADS=1 \
-	    $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(TEST_FOLDERS)
+	    $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_FOLDERS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

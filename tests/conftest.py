@@ -107,19 +107,26 @@ def shared_data() -> Path:
     return path
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests run in one process, and leave out what takes minutes, where it is not asked for."""
-    skip = pytest.mark.skip(reason="takes minutes: run with R1MEGA_EXTENDED=1")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item.path.relative_to(REPO / "tests"))))
-        if item.get_closest_marker("extended") and not os.environ.get("R1MEGA_EXTENDED"):
-            item.add_marker(skip)
+    """Leave out what takes minutes, where it is not asked for."""
+    if not os.environ.get("R1MEGA_EXTENDED"):
+        skip = pytest.mark.skip(reason="takes minutes: run with R1MEGA_EXTENDED=1")
+        for item in items:
+            if item.get_closest_marker("extended"):
+                item.add_marker(skip)
 
 
-def _group(path: Path) -> str:
-    """The tests of a file share what is made once; some look at all that Slurm, or sandboxed programs, leave behind."""
-    for group, folders in {"slurm": ("slurm",), "programs": ("unit/reward", "unit/tools")}.items():
-        if path.parent.as_posix() in folders:
-            return group
-    return path.as_posix()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As `--dist loadfile`, but that tests which look at all that Slurm, or sandboxed programs, leave behind stay
+    together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFileOrFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            folder = path.rpartition("/")[0]
+            groups = {"tests/slurm": "slurm", "tests/unit/reward": "programs", "tests/unit/tools": "programs"}
+            return groups.get(folder, path)
+
+    return ByFileOrFolder(config, log)

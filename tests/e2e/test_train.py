@@ -76,7 +76,7 @@ def test_two_rounds_of_rl(checkpoint, questions, tmp_path, family, layout):
     assert AutoTokenizer.from_pretrained(run_dir / "hf").eos_token == "</s>"
 
 
-@pytest.mark.parametrize("mtp", ["freeze", "train", "drop"])
+@pytest.mark.parametrize("mtp", [pytest.param("freeze", marks=pytest.mark.extended), "train", "drop"])
 def test_the_layer_that_predicts_further(checkpoint, questions, tmp_path, mtp):
     from safetensors.torch import load_file
 
@@ -102,7 +102,7 @@ def test_the_layer_that_predicts_further(checkpoint, questions, tmp_path, mtp):
     ("updates_per_round", "probe_sequences", "words"),
     [
         (1, 4, ("weights 1 did not arrive, published twice:", "engine of rank 0: its log-probs of the probe differ")),
-        (1, 0, ("rollout.probe: ", "weight version 1")),
+        pytest.param(1, 0, ("rollout.probe: ", "weight version 1"), marks=pytest.mark.extended),
         (2, 0, ("rollout.probe: ", "weight version 2")),
     ],
 )
@@ -141,7 +141,9 @@ def test_a_skipped_publish_is_caught(checkpoint, questions, tmp_path, updates_pe
     assert all(part in result.message for part in words), result.message
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2", "llama"])
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", *(pytest.param(name, marks=pytest.mark.extended) for name in ("qwen2", "llama"))]
+)
 def test_real_questions(checkpoint, shared_data, tmp_path, family):
     """Questions of GSM8K with their published golds, prompts of the R1-Zero template."""
     run_dir = tmp_path / "run"
