@@ -17,7 +17,7 @@ from r1mega.rollout import producer as producing
 from r1mega.rollout import server_pool
 from r1mega.rollout.buffer import Buffer, Group
 from r1mega.rollout.producer import Demand, Producer
-from r1mega.rollout.server_pool import EnginesLost
+from r1mega.rollout.server_pool import EnginesLost, ServerPool
 from r1mega.rollout.sglang import SglangEngines
 from r1mega.types import FinishReason, Prompt, Sample, SampleGroup, SamplingParams, Score
 
@@ -180,15 +180,15 @@ def test_a_server_that_is_lost_while_all_is_stopped(monkeypatch: pytest.MonkeyPa
     stream = Stream([SHORT] * 2 + [LONG] * 6, Demand(wanted=8, carries=True), num_samples=1)
     victim = stream.fake.servers[0]
 
-    def wait() -> None:
-        while stream.buffer.num_complete < 2:
-            time.sleep(0.001)
-        victim.is_up, victim.hangs = how != "killed", how == "hangs"
+    stop = stream.producer._stop
 
-    thread = threading.Thread(target=wait)
-    thread.start()
+    async def lose_and_stop(pool: ServerPool) -> None:
+        victim.is_up, victim.hangs = how != "killed", how == "hangs"
+        stream.producer._stop = stop
+        await stop(pool)
+
+    stream.producer._stop = lose_and_stop
     groups, counts = stream.round(2)
-    thread.join()
     check(groups, num_samples=1)
     assert counts["rollout/carried"] == 6
     victim.is_up, victim.hangs = True, False
