@@ -8,6 +8,7 @@ is a word. A text of fewer than n words is compared as a whole: with a benchmark
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +65,9 @@ class Benchmarks:
 
     def _grams(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(hash, place of its text) of every n-gram, and of every whole text of fewer words."""
-        coded = [[self._id(word) for word in words(text)] for text in texts]
+        coded = [self._coded(words(text)) for text in texts]
         lengths = np.array([len(ids) for ids in coded], dtype=np.int64)
-        flat = np.array([i for ids in coded for i in ids], dtype=np.uint64)
+        flat = np.fromiter(chain.from_iterable(coded), dtype=np.uint64, count=int(lengths.sum()))
         owners = np.repeat(np.arange(len(texts)), lengths)
         count = max(0, len(flat) - self.n + 1)
         hashes = np.zeros(count, dtype=np.uint64)
@@ -81,11 +82,13 @@ class Benchmarks:
             np.concatenate([owners[:count][whole], np.array(short, dtype=np.int64)]),
         )
 
-    def _id(self, word: str) -> int:
-        found = self._ids.get(word)
-        if found is None:
-            found = self._ids[word] = xxhash.xxh64_intdigest(word.encode())
-        return found
+    def _coded(self, row: Sequence[str]) -> list[int]:
+        """The words as numbers, which are the same in every process."""
+        ids = self._ids
+        for word in row:
+            if word not in ids:
+                ids[word] = xxhash.xxh64_intdigest(word.encode())
+        return [ids[word] for word in row]
 
 
 def _hash_of(ids: Sequence[int]) -> int:

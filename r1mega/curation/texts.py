@@ -9,6 +9,7 @@ import regex
 
 # A Chinese character is a word, and so is a run of letters and digits of any other script; all else separates.
 _WORD = regex.compile(r"\p{Han}|[\p{L}\p{M}\p{N}--\p{Han}]+", regex.VERSION1)
+_ASCII_WORD = re.compile(r"[a-z0-9]+")
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 OPEN, CLOSE = "<think>", "</think>"
@@ -16,6 +17,8 @@ OPEN, CLOSE = "<think>", "</think>"
 
 def words(text: str) -> list[str]:
     """The words of a text, alike whatever their case, their Unicode form, and what stands between them."""
+    if text.isascii():  # the same, several times as fast
+        return _ASCII_WORD.findall(text.lower())
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 

@@ -38,3 +38,8 @@ def test_paragraphs_and_code() -> None:
     assert texts.longest_paragraph("") == 0
     assert texts.has_code_block("so\n  ```python\nx\n```") and texts.has_code_block("~~~\nx")
     assert not texts.has_code_block("the mark ``` inside a line, and `x`")
+
+
+def test_the_quick_way_finds_the_same_words() -> None:
+    for text in ("It's 3.5 km_h, OK? x_1 := 'A-b'\t\n", "".join(map(chr, range(128)))):
+        assert texts.words(text) == texts.words(text + "\u2014")  # a dash that is not ASCII
