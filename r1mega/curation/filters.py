@@ -49,7 +49,7 @@ class Limits:
         code_blocks: whether the thinking may hold fenced code.
         max_repetition: largest share of passages that stood there before (r1mega.reward.repetition), 0 .. 1.
         min_thinking_words: of the whole chain of thought.
-        judged: domains whose answers a judge decides; elsewhere the accuracy rule does, where there is one.
+        special_tokens: what the thinking is put between later (r1mega.curation.patterns), which it must not hold yet.
     """
 
     form: str = "any"
@@ -58,7 +58,7 @@ class Limits:
     code_blocks: bool = True
     max_repetition: float = 1.0
     min_thinking_words: int = 0
-    judged: frozenset[str] = frozenset()
+    special_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -70,9 +70,9 @@ Filter = Callable[[Candidate, Limits], bool | None]
 
 
 def is_right(one: Candidate, limits: Limits) -> bool | None:
-    """By the judge in the domains that it judges, by the accuracy rule elsewhere; None where neither has spoken."""
-    part = "judge" if one.domain in limits.judged else "accuracy"
-    return one.parts[part] >= 1.0 if part in one.parts else None
+    """By the judge where it has spoken, by the accuracy rule elsewhere; None where neither has."""
+    value = one.parts.get("judge", one.parts.get("accuracy"))
+    return None if value is None else value >= 1.0
 
 
 def is_well_formed(one: Candidate, limits: Limits) -> bool | None:
@@ -129,6 +129,14 @@ def thinks_long(one: Candidate, limits: Limits) -> bool | None:
     return len(words(thinking(one.response))) >= limits.min_thinking_words if limits.min_thinking_words else None
 
 
+def holds_no_special_token(one: Candidate, limits: Limits) -> bool | None:
+    """Whether the parts between which special tokens are put are free of them."""
+    if not limits.special_tokens:
+        return None
+    parts = (thinking(one.response), final_summary(one.response))
+    return not any(token.strip() in part for token in limits.special_tokens for part in parts)
+
+
 # By the name that a dropped sample is counted under, in the order asked. The cheap and the decisive come first.
 FILTERS: dict[str, Filter] = {
     "failed": lambda one, limits: one.error is None,
@@ -140,6 +148,7 @@ FILTERS: dict[str, Filter] = {
     "code_block": has_no_code_block,
     "repetition": repeats_little,
     "short_thinking": thinks_long,
+    "special_token": holds_no_special_token,
 }
 # What nobody sampled was not scored either, and has no chain of thought where it needs none.
 _OF_GIVEN = ("malformed",)
