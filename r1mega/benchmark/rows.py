@@ -17,6 +17,7 @@ from typing import Any
 from r1mega.benchmark.answers import ALTERNATIVE, LETTERS
 from r1mega.data.jsonl import read_rows
 from r1mega.data.order import fingerprint
+from r1mega.data.templates import filled, look_up
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _problem(
     tests = _tests(place, row, columns) if asks == "tests" else ()
     return Problem(
         id=str(row.get("id", place)),
-        prompt=_filled(place, template, row, question, options),
+        prompt=filled(place, template, row, {"question": question, "options": _shown(options)}),
         answer=answer,
         options=options,
         tests=tests,
@@ -130,14 +131,8 @@ def _problem(
     )
 
 
-def look_up(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a column, `a.b` being b inside a; None where it is absent."""
-    value: Any = row
-    for part in name.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return None
-        value = value[part]
-    return value
+def _shown(options: Sequence[str]) -> str:
+    return "\n".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
 def _text(place: str, row: Mapping[str, Any], name: str) -> str:
@@ -195,23 +190,3 @@ def _tests(place: str, row: Mapping[str, Any], columns: Columns) -> tuple[Any, .
     if not isinstance(value, list) or not value:
         raise ValueError(f"{place}: {columns.tests!r} must hold a list of tests; the keys there are {', '.join(row)}")
     return tuple(value)
-
-
-def _filled(place: str, template: str, row: Mapping[str, Any], question: str, options: Sequence[str]) -> str:
-    """The template with its columns filled in; braces that name no column stay as they are (LaTeX is full of them)."""
-    shown = "\n".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
-    special = {"question": question, "options": shown}
-    parts, rest = [], template
-    while "{" in rest:
-        before, _, after = rest.partition("{")
-        name, closing, behind = after.partition("}")
-        value = special.get(name, look_up(row, name) if name else None)
-        if closing and value is not None:
-            parts += [before, str(value)]
-            rest = behind
-        elif closing and name.replace("_", "").replace(".", "").isalnum():
-            raise ValueError(f"{place}: the prompt asks for {name!r}; the keys there are {', '.join(row)}")
-        else:
-            parts += [before, "{"]
-            rest = after
-    return "".join([*parts, rest])

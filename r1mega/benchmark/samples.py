@@ -1,7 +1,8 @@
-"""samples.jsonl: every graded response of an evaluation, appended as it comes, in any order.
+"""samples.jsonl: every graded response of an evaluation or a rejection sampling, appended as it comes, in any order.
 
-A process that is killed leaves whole lines and at most one that breaks off, which is cut away when the evaluation goes
-on. A sample is known by its problem's place and its own number; the first line of each counts.
+A process that is killed leaves whole lines and at most one that breaks off, which is cut away when the run goes on. A
+sample is known by its problem's place and its own number; the first line of each counts, or the first without a fault
+of who graded it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -36,12 +37,24 @@ class Graded:
         return self.score >= 1.0
 
 
-class SampleFile:
-    """The file of one evaluation, read at the start and appended to from then on."""
+@dataclass(frozen=True)
+class Scored(Graded):
+    """A response with what each reward says of it, by name; `score` is their weighted sum."""
 
-    def __init__(self, path: Path) -> None:
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def right(self) -> bool:
+        """By the judge where it has spoken, by the accuracy rule elsewhere."""
+        return self.parts.get("judge", self.parts.get("accuracy", 0.0)) >= 1.0
+
+
+class SampleFile:
+    """The file of one run, read at the start and appended to from then on. Its rows are of one `kind`."""
+
+    def __init__(self, path: Path, kind: type[Graded] = Graded) -> None:
         """Raises ValueError naming a line that is no sample, but for one that breaks off at the end."""
-        self.path = path
+        self.path, self._kind = path, kind
         self.samples: dict[tuple[int, int], Graded] = {}
         self._lock = threading.Lock()  # samples come from whoever generates and whoever grades
         self._read()
@@ -54,24 +67,30 @@ class SampleFile:
         end = whole.rfind(b"\n") + 1
         for number, line in enumerate(whole[:end].splitlines(), start=1):
             try:
-                sample = Graded(**json.loads(line))
+                sample = self._kind(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise ValueError(
-                    f"{self.path}:{number}: not a sample of an evaluation ({error}); remove the line, and its sample "
+                    f"{self.path}:{number}: not a sample of such a run ({error}); remove the line, and its sample "
                     "is generated again"
                 ) from error
-            self.samples.setdefault((sample.problem, sample.sample), sample)
+            if self._counts(sample):
+                self.samples[sample.problem, sample.sample] = sample
         if end < len(whole):
             os.truncate(self.path, end)
 
     def add(self, sample: Graded) -> None:
-        """Write a sample, at once and as one piece; one that is there already is left as it is."""
+        """Write a sample, at once and as one piece; one that is there already is left as it is, but for one that could
+        not be graded."""
         with self._lock:
-            if (sample.problem, sample.sample) in self.samples:
+            if not self._counts(sample):
                 return
             self.samples[sample.problem, sample.sample] = sample
             self._file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
             self._file.flush()
+
+    def _counts(self, sample: Graded) -> bool:
+        before = self.samples.get((sample.problem, sample.sample))
+        return before is None or (before.error is not None and sample.error is None)
 
     def ordered(self) -> list[Graded]:
         """All samples, by problem and number."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from r1mega.config.check_benchmark import BENCHMARK_BOUNDS, check_benchmark
 from r1mega.config.check_cluster import check_cluster
+from r1mega.config.check_curate import CURATE_BOUNDS, check_curate
 from r1mega.config.check_engines import check_engines
 from r1mega.config.check_memory import check_memory
 from r1mega.config.check_plan import PLAN_BOUNDS
@@ -111,6 +112,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("logger.samples_per_round", ((">=", 0),)),
     ("export.every", ((">=", 0),)),
     *BENCHMARK_BOUNDS,
+    *CURATE_BOUNDS,
     ("cluster.nodes", ((">=", 1),)),
     ("cluster.gpus_per_node", ((">=", 1),)),
     *REWARD_MODEL_BOUNDS,
@@ -162,6 +164,7 @@ def check(config: Config, *, here: bool = True) -> list[Fault]:
         *check_schedule(config),
         *check_rewards(config),
         *check_reward_models(config, here=here),
+        *check_curate(config, here=here),
         *_check_optim(config),
         *_check_lengths(config),
         *check_memory(config),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from r1mega.config.choices import GENERATING_LOOPS, DeviceType, EngineKind, Loop, Scheduler, Transport
+from r1mega.config.choices import GENERATING_LOOPS, SAMPLING_LOOPS, DeviceType, EngineKind, Scheduler, Transport
 from r1mega.config.faults import Fault
 from r1mega.config.schema import Config
 
@@ -18,7 +18,7 @@ def server_ranks(config: Config) -> int:
 
 def trainer_ranks(config: Config) -> int:
     """Training processes of the run; 0 where servers do all the work."""
-    if config.stage.loop in (Loop.reject, Loop.evaluate) and config.rollout.engine is EngineKind.sglang:
+    if config.stage.loop in SAMPLING_LOOPS and config.rollout.engine is EngineKind.sglang:
         return 0
     return config.parallel.world_size
 

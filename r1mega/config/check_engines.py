@@ -10,6 +10,7 @@ from pathlib import Path
 
 from r1mega.config.choices import (
     GENERATING_LOOPS,
+    SAMPLING_LOOPS,
     DeviceType,
     EngineDtype,
     EngineKind,
@@ -33,7 +34,7 @@ def check_engines(config: Config, *, here: bool = True) -> Iterator[Fault]:
         yield from _check_streaming(config)
     if config.rollout.engine is EngineKind.embedded:
         world = config.parallel.world_size
-        if config.stage.loop is not Loop.evaluate and config.rollout.engines > world >= 1:
+        if config.stage.loop not in SAMPLING_LOOPS and config.rollout.engines > world >= 1:
             remedy = f"use at most {world}, or a larger layout"
             constraint = f"must be at most the {world} training processes that can host an engine"
             yield Fault("rollout.engines", str(config.rollout.engines), constraint, remedy)

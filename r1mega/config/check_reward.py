@@ -29,7 +29,7 @@ REWARD_BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
 def check_rewards(config: Config) -> Iterator[Fault]:
     """Rules between the rewards and the rest of an RL run."""
     reward = config.reward
-    if config.stage.loop is not Loop.rl:
+    if config.stage.loop not in (Loop.rl, Loop.reject):
         return
     if reward.accuracy == 0 and reward.format == 0:
         constraint = "at least one weight must be positive"
@@ -41,7 +41,7 @@ def check_rewards(config: Config) -> Iterator[Fault]:
         constraint = "without a worker, what programs leave behind cannot be told from the trainer's own processes"
         yield Fault("reward.sandbox", str(reward.sandbox), constraint, "set reward.workers or use bubblewrap")
     longest = min([config.rollout.max_tokens, *(change[-1] for change in config.rollout.max_tokens_from if change)])
-    if reward.length > 0 and reward.length_buffer > longest:
+    if config.stage.loop is Loop.rl and reward.length > 0 and reward.length_buffer > longest:
         constraint = f"must be at most rollout.max_tokens={longest}, or every response is penalised"
         yield Fault(
             "reward.length_buffer", str(reward.length_buffer), constraint, "lower it or raise rollout.max_tokens"

@@ -82,7 +82,7 @@ def _check_models_asked(config: Config) -> Iterator[Fault]:
 def _check_judge(config: Config) -> Iterator[Fault]:
     """Where the judge has a weight, it has an address."""
     reward = config.reward
-    if config.stage.loop is not Loop.rl or reward.judge == 0:
+    if config.stage.loop not in (Loop.rl, Loop.reject) or reward.judge == 0:
         return
     if not str(reward.judge_url or "").startswith(("http://", "https://")):
         got = reward.judge_url or "nothing"

@@ -50,6 +50,9 @@ def check_submit(config: Config) -> Iterator[Fault]:
         constraint = "r1mega submit makes a Slurm job"
         remedy = "choose a cluster=... under Slurm (or set cluster.scheduler=slurm), or use r1mega train"
         yield Fault("cluster.scheduler", str(config.cluster.scheduler), constraint, remedy)
+    if config.stage.loop is Loop.reject:
+        constraint = "a job starts training processes, and this loop has none"
+        yield Fault("stage.loop", "reject", constraint, "start r1mega train with cluster=local inside an allocation")
     if re.search(r"[\s%\\\"'$`]", str(Path(config.run.dir).absolute())):
         constraint = "goes into a script and into Slurm's file names, where blanks, quotes, $, % and \\ are special"
         yield Fault("run.dir", config.run.dir, constraint, "choose another one")

@@ -6,10 +6,9 @@ from enum import StrEnum
 
 # OmegaConf reads an enum by member name and writes it by member name, so every member is named as its value.
 Loop = StrEnum("Loop", ["rl", "sft", "reject", "reward_model", "evaluate"])
-# Those that can be trained or run; a stage of another one composes, is planned, and is refused when it is started.
-EXISTING_LOOPS = frozenset({Loop.rl, Loop.sft, Loop.reward_model, Loop.evaluate})
-# Those that ask engines for text.
+# Those that ask engines for text, and those of them that train nothing.
 GENERATING_LOOPS = frozenset({Loop.rl, Loop.reject, Loop.evaluate})
+SAMPLING_LOOPS = frozenset({Loop.reject, Loop.evaluate})
 Init = StrEnum("Init", ["load", "random"])
 ParamDtype = StrEnum("ParamDtype", ["fp32", "bf16"])
 EngineDtype = StrEnum("EngineDtype", ["fp32", "bf16", "fp8"])
@@ -31,6 +30,8 @@ Transport = StrEnum("Transport", ["disk", "ipc", "gloo", "nccl"])
 RouterPolicy = StrEnum("RouterPolicy", ["cache_aware", "power_of_two", "round_robin", "random"])
 KvCacheDtype = StrEnum("KvCacheDtype", ["auto", "bf16", "fp8_e4m3", "fp8_e5m2"])
 MoeA2aBackend = StrEnum("MoeA2aBackend", ["none", "deepep"])
+ResponseForm = StrEnum("ResponseForm", ["any", "think", "r1_zero"])
+ResponseChoice = StrEnum("ResponseChoice", ["shortest", "first", "random"])
 GraderName = StrEnum("GraderName", ["math", "choice", "drop", "code", "none", "judge", "harness"])
 Scheduler = StrEnum("Scheduler", ["local", "slurm"])
 PlanFormat = StrEnum("PlanFormat", ["table", "json"])

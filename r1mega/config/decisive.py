@@ -40,6 +40,8 @@ def decisive(config: Config) -> dict[str, Any]:
     if config.stage.loop is Loop.evaluate:
         return _of_evaluation(config)
     listed = {section: tuple(field.name for field in fields(getattr(config, section))) for section in _SECTIONS}
+    if config.stage.loop is Loop.reject:
+        return _of_rejection(config)
     mine = "sft" if config.stage.loop is Loop.sft else "algo"
     may_grow = {"sft.updates", "algo.updates"}
     if config.optim.schedule is not Schedule.constant:
@@ -66,6 +68,29 @@ def _of_evaluation(config: Config) -> dict[str, Any]:
     free = {"benchmark.data", "benchmark.plot"}
     return {
         path: value.value if isinstance(value, Enum) else value for path, value in values.items() if path not in free
+    }
+
+
+def _of_rejection(config: Config) -> dict[str, Any]:
+    """What decides the samples of a rejection sampling and their scores. How they are curated may change: the samples
+    that are kept are then curated anew. Where questions are read from does not count: the content is compared."""
+    names = {
+        "model": [field.name for field in fields(config.model)],
+        "precision": [field.name for field in fields(config.precision)],
+        "reward": [field.name for field in fields(config.reward)],
+        "data": ("template", "max_prompt_tokens"),
+        "rollout": ("engine", "temperature", "top_p", "max_tokens", "stop"),
+        "curate": ("samples", "opening", "cut_at"),
+        "run": ("seed",),
+        "stage": ("loop",),
+    }
+    values = {
+        f"{section}.{name}": getattr(getattr(config, section), name) for section, of in names.items() for name in of
+    }
+    return {
+        path: value.value if isinstance(value, Enum) else value
+        for path, value in values.items()
+        if path not in _INDIFFERENT
     }
 
 

@@ -6,7 +6,8 @@ is the tokenizer's own chat template with its generation prompt.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,3 +51,35 @@ def prompt_ids(template: str, question: str, tokenizer: PreTrainedTokenizerBase)
     """
     text = prompt_text(template, question, tokenizer)
     return tokenizer.encode(text, add_special_tokens=template != "chat")
+
+
+def look_up(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, `a.b` being b inside a; None where it is absent."""
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def filled(place: str, template: str, row: Mapping[str, Any], special: Mapping[str, str]) -> str:
+    """The template with what it names in braces filled in: a key of `special`, else a column of the row. Braces that
+    name no column stay as they are (LaTeX is full of them).
+
+    Raises ValueError, naming `place`, where a column is asked for that is not there.
+    """
+    parts, rest = [], template
+    while "{" in rest:
+        before, _, after = rest.partition("{")
+        name, closing, behind = after.partition("}")
+        value = special.get(name, look_up(row, name) if name else None)
+        if closing and value is not None:
+            parts += [before, str(value)]
+            rest = behind
+        elif closing and name.replace("_", "").replace(".", "").isalnum():
+            raise ValueError(f"{place}: the prompt asks for {name!r}; the keys there are {', '.join(row)}")
+        else:
+            parts += [before, "{"]
+            rest = after
+    return "".join([*parts, rest])

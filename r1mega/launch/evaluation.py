@@ -23,7 +23,7 @@ from r1mega.loop.wire_evaluate import PROBLEMS_FILE, VERSION
 from r1mega.loop.wire_publish import shelf_of
 from r1mega.models import hf_fields
 
-_CONTENT_FILE = "content.json"
+CONTENT_FILE = "content.json"
 
 
 def prepare(config: Config) -> Path:
@@ -38,13 +38,14 @@ def prepare(config: Config) -> Path:
     if not checkpoint_files.is_megatron(Path(config.model.hf)):
         weights = wire_evaluate.fingerprint(Path(config.model.hf))
     content = {"problems": rows.digest(problems), "weights": weights}
-    if (directory / _CONTENT_FILE).exists():
-        _require_same(json.loads((directory / _CONTENT_FILE).read_text("utf-8")), content, config)
+    if (directory / CONTENT_FILE).exists():
+        named = {"problems": ("benchmark.data", str(config.benchmark.data)), "weights": ("model.hf", config.model.hf)}
+        require_same(json.loads((directory / CONTENT_FILE).read_text("utf-8")), content, named, config.run.dir)
     config_path = rundir.create(config)
     rows.write_problems(directory / PROBLEMS_FILE, problems)
-    (directory / _CONTENT_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    (directory / CONTENT_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
     if weights is None:
-        _convert(config)
+        convert_weights(config)
     return config_path
 
 
@@ -146,20 +147,20 @@ def _contest_faults(config: Config, problems: Sequence[Problem]) -> list[str]:
     ]
 
 
-def _require_same(before: dict, now: dict, config: Config) -> None:
-    """Raises ConfigError where problems or weights are not those that the kept samples are of."""
-    paths = {"problems": ("benchmark.data", str(config.benchmark.data)), "weights": ("model.hf", config.model.hf)}
-    remedy = "restore what was there, or evaluate into a new run.dir"
+def require_same(before: dict, now: dict, named: dict[str, tuple[str, str]], run_dir: str) -> None:
+    """Raises ConfigError where what kept samples are of is something else now; `named` has the field of each and its
+    value."""
+    remedy = "restore what was there, or take a new run.dir"
     faults = [
-        Fault(*paths[name], f"the samples kept in {config.run.dir} are of other {name}", remedy)
-        for name in paths
+        Fault(*named[name], f"the samples kept in {run_dir} are of other {name}", remedy)
+        for name in named
         if before[name] != now[name]
     ]
     if faults:
         raise ConfigError(faults)
 
 
-def _convert(config: Config) -> None:
+def convert_weights(config: Config) -> None:
     """Make a Hugging Face checkpoint of a training checkpoint, in the run directory."""
     target = wire_evaluate.weights_dir(config)
     if target.exists():

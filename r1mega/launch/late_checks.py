@@ -32,7 +32,7 @@ def check_tokens(config: Config) -> list[str]:
     data, template = config.data, str(config.data.template)
     if config.stage.loop is Loop.sft:
         examples = tokenize_sft(read_sft(data.train), tokenizer, template, config.sft.max_length)
-        return _check_vocabulary((example.token_ids for example in examples), fields)
+        return check_vocabulary((example.token_ids for example in examples), fields)
     if config.stage.loop is Loop.reward_model:
         limit = config.reward_model.max_length
         read = READERS[str(data.format)]
@@ -40,15 +40,15 @@ def check_tokens(config: Config) -> list[str]:
             tokenize_preferences(read(path), tokenizer, template, limit) for path in (data.train, data.eval) if path
         ]
         sequences = (sequence.token_ids for part in found for example in part for sequence in example.sequences)
-        return _check_vocabulary(sequences, fields)
+        return check_vocabulary(sequences, fields)
     faults = []
     files = [read_qa(path, data.question_key, data.answer_key) for path in (data.train, data.eval) if path is not None]
     if data.general is not None:
         files.append(read_general(data.general, data.question_key))
     for rows in files:
         prompts = tokenize_prompts(rows, tokenizer, template, data.max_prompt_tokens)
-        faults += _check_vocabulary((prompt.token_ids for prompt in prompts), fields)
-        faults += _check_positions(prompts, config, fields)
+        faults += check_vocabulary((prompt.token_ids for prompt in prompts), fields)
+        faults += check_positions(prompts, config, fields)
         faults += check_sandbox(any(prompt.tests for prompt in prompts), config)
     return faults + _check_judged(files[0], files[-1] if data.general is not None else (), config)
 
@@ -85,7 +85,7 @@ def check_sandbox(has_programs: bool, config: Config) -> list[str]:
     return []
 
 
-def _check_vocabulary(sequences: Iterable[Sequence[int]], fields: HfFields) -> list[str]:
+def check_vocabulary(sequences: Iterable[Sequence[int]], fields: HfFields) -> list[str]:
     largest, size = max(max(token_ids) for token_ids in sequences), fields["vocab_size"]
     if largest < size:
         return []
@@ -95,7 +95,7 @@ def _check_vocabulary(sequences: Iterable[Sequence[int]], fields: HfFields) -> l
     ]
 
 
-def _check_positions(prompts: Sequence[Prompt], config: Config, fields: HfFields) -> list[str]:
+def check_positions(prompts: Sequence[Prompt], config: Config, fields: HfFields) -> list[str]:
     """The longest prompt with the longest response behind it has a position for every token."""
     name, response = longest_response(config)
     positions = fields["max_position_embeddings"]
@@ -111,7 +111,7 @@ def _check_positions(prompts: Sequence[Prompt], config: Config, fields: HfFields
 
 def check_sglang(config: Config) -> list[str]:
     """The environment of the servers holds the SGLang that they are spoken to as, and the router asked for."""
-    if config.rollout.engine is not EngineKind.sglang or config.stage.loop is not Loop.rl:
+    if config.rollout.engine is not EngineKind.sglang or config.stage.loop not in (Loop.rl, Loop.reject):
         return []
     python = config.sglang.python
     wanted = {"sglang": ("SGLang", SGLANG_VERSION)}

@@ -30,6 +30,8 @@ def run(config: Config) -> int:
         preflight.require(config, also=[_starts_elsewhere(config)])
     if config.stage.loop is Loop.evaluate:
         return evaluate(config)
+    if config.stage.loop is Loop.reject:
+        return reject(config)
     preflight.require(config)
     resume.prepare(config)
     config_path = rundir.create(config)
@@ -54,6 +56,19 @@ def evaluate(config: Config) -> int:
     from r1mega.launch import evaluation
 
     config_path = evaluation.prepare(config)
+    log_dir = config_path.parent / rundir.LOG_DIR
+    size = evaluation.wire_evaluate.world_size(config)
+    return _run_workers(config, config_path, log_dir, fleet=evaluation.fleet(config, log_dir), world_size=size)
+
+
+def reject(config: Config) -> int:
+    """Collect samples and curate them, or go on with that; returns as `run`.
+
+    Raises ConfigError before anything is written or started when the configuration has faults.
+    """
+    from r1mega.launch import evaluation, rejection
+
+    config_path = rejection.prepare(config)
     log_dir = config_path.parent / rundir.LOG_DIR
     size = evaluation.wire_evaluate.world_size(config)
     return _run_workers(config, config_path, log_dir, fleet=evaluation.fleet(config, log_dir), world_size=size)

@@ -10,7 +10,7 @@ from r1mega.config.check_memory import check_recomputed_layers
 from r1mega.config.check_reward_model import MODELS
 from r1mega.config.check_versions import check_versions
 from r1mega.config.checkpoint_files import is_megatron, read_json_object
-from r1mega.config.choices import EXISTING_LOOPS, GENERATING_LOOPS, DataFormat, Loop
+from r1mega.config.choices import GENERATING_LOOPS, DataFormat, Loop
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.data.jsonl import read_rows
@@ -30,17 +30,7 @@ SFT_KEYS = ("prompt", "response")
 
 
 def require(config: Config, late_checks: Sequence[Check] = LATE_CHECKS, *, also: Iterable[Fault] = ()) -> None:
-    """Raises ConfigError with every fault found, those that the caller has found among them; with one alone where the
-    stage's loop is not there yet."""
-    loop = config.stage.loop
-    if loop not in EXISTING_LOOPS:
-        name = config.stage.name or loop
-        constraint = (
-            f"the loop of stage {name} does not exist yet; those that do are {', '.join(sorted(EXISTING_LOOPS))}"
-        )
-        raise ConfigError(
-            [Fault("stage.loop", str(loop), constraint, "compose and plan it only, or choose another stage")]
-        )
+    """Raises ConfigError with every fault found, those that the caller has found among them."""
     faults = [*also, *find(config)]
     if not faults:
         faults += [fault for late_check in late_checks for fault in _faults_of(late_check, config)]
@@ -78,6 +68,8 @@ def _check_rows(config: Config) -> list[str]:
     if config.stage.loop is Loop.reward_model:
         return _check_preferences(config)
     qa_keys = (data.question_key, data.answer_key)
+    if config.stage.loop is Loop.reject:
+        qa_keys = qa_keys[:1]  # the domain says whether there is an answer: launch.rejection reads the rows
     files = [("data.train", data.train, qa_keys if data.format is DataFormat.qa else SFT_KEYS)]
     if config.stage.loop is Loop.rl:
         files += [("data.eval", data.eval, qa_keys)] if data.eval is not None else []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.config import io
-from r1mega.config.choices import Loop, Verify
+from r1mega.config.choices import SAMPLING_LOOPS, Verify
 from r1mega.config.decisive import decisive, digest
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
@@ -51,8 +51,8 @@ def find(config: Config) -> Found | None:
         return None
     if started is not None and not run.allow_changes:
         _require_same(io.load(started), config)
-    if config.stage.loop is Loop.evaluate:  # it goes on from its samples
-        return
+    if config.stage.loop in SAMPLING_LOOPS:  # they go on from their samples
+        return None
     # Only now: with torch comes what only a resumed run needs so early.
     from r1mega.loop import checkpoints
 

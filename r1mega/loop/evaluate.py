@@ -7,8 +7,8 @@ is there is not asked for again. The report is a function of the samples alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from r1mega.benchmark.estimates import cluster
 from r1mega.benchmark.graders import Sameness
 from r1mega.benchmark.samples import Graded, SampleFile
 from r1mega.config.schema import Config
-from r1mega.loop.evaluate_progress import Progress
+from r1mega.loop.sampling import Job, sample_all
+from r1mega.loop.sampling_progress import Progress
 from r1mega.loop.wire_evaluate import (
     REPORT_FILE,
     SAMPLES_FILE,
@@ -26,13 +27,9 @@ from r1mega.loop.wire_evaluate import (
     weights_dir,
     wire_evaluation,
 )
-from r1mega.parallel.collectives import gather, share
-from r1mega.parallel.seed import derive
 from r1mega.reward.answer import spoken
 from r1mega.reward.pool import RewardPool
-from r1mega.types import Completion, FinishReason, Prompt, Request, SamplingParams, Score
-
-Job = tuple[int, int]  # place of the problem, number of the sample
+from r1mega.types import Completion, FinishReason, Prompt, Score
 
 
 def main(config: Config) -> None:
@@ -48,48 +45,13 @@ def main(config: Config) -> None:
 
 def generate(run: EvaluationRun, file: SampleFile | None) -> None:
     """Ask for what the file, which rank 0 has, lacks. Collective."""
-    jobs = [(i, j) for i in range(len(run.problems)) for j in range(run.config.benchmark.samples)]
-    chunks = [jobs[start : start + run.chunk_size] for start in range(0, len(jobs), run.chunk_size)]
-    kept = set(share(list(file.samples) if file is not None else None, run.group))
-    progress = Progress(run.config, len(jobs), file) if file is not None else None
-    for chunk in chunks:
-        missing = [job for job in chunk if job not in kept]
-        if missing:
-            sample_chunk(run, chunk if run.again else missing, file, progress)
-    if progress is not None:
-        progress.close()
-
-
-def sample_chunk(run: EvaluationRun, chunk: Sequence[Job], file: SampleFile | None, progress: Progress | None) -> None:
-    """Generate and grade these samples, each rank its share. Collective."""
     benchmark = run.config.benchmark
-    mine = chunk[run.rank :: run.num_engines]
-    requests = [
-        Request(place, run.prompts[i].token_ids, seed=derive(run.config.run.seed, "sample", i, j))
-        for place, (i, j) in enumerate(mine)
-    ]
-    params = SamplingParams(
-        temperature=benchmark.temperature,
-        top_p=benchmark.top_p,
-        max_tokens=benchmark.max_tokens,
-        stop=tuple(benchmark.stop),
-    )
-    pending: list[Future[Graded]] = []
-
-    def keep(done: Future[Graded]) -> None:
-        if file is not None and done.exception() is None:
-            file.add(done.result())
-            progress.moved()
-
-    def finished(completion: Completion) -> None:
-        graded = grade(run, mine[completion.key], completion)
-        pending.append(graded)
-        graded.add_done_callback(keep)
-
-    run.engine.generate(requests, params, finished)
-    for part in gather([future.result() for future in pending], run.group):
-        for sample in part if file is not None else ():
-            file.add(sample)
+    jobs = [(i, j) for i in range(len(run.problems)) for j in range(benchmark.samples)]
+    progress = None
+    if file is not None:
+        is_on = run.config.logger.console
+        progress = Progress(benchmark.name, len(jobs), file, is_on=is_on, share=lambda sample: sample.score)
+    sample_all(run, jobs, partial(grade, run), file, progress)
 
 
 def grade(run: EvaluationRun, job: Job, completion: Completion) -> Future[Graded]:

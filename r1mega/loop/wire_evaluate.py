@@ -18,16 +18,16 @@ from r1mega.config import checkpoint_files
 from r1mega.config.choices import EngineKind
 from r1mega.config.schema import BenchmarkConfig, Config
 from r1mega.data.prompts import tokenize_prompts
+from r1mega.loop.sampling import SamplingRun
 from r1mega.loop.wire import load_tokenizer
 from r1mega.loop.wire_publish import patience_of, shelf_of, torch_dtype
 from r1mega.parallel import device as devices
 from r1mega.parallel import groups as process_groups
 from r1mega.reward.pool import RewardPool
-from r1mega.types import Engine, Prompt
+from r1mega.types import Engine, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
     from transformers import PreTrainedTokenizerBase
 
 PROBLEMS_FILE, SAMPLES_FILE, REPORT_FILE, WEIGHTS_FOLDER = "benchmark.jsonl", "samples.jsonl", "report.json", "hf"
@@ -37,36 +37,22 @@ _PLACES, _BYTES = 16, 1 << 16  # of a file of weights that its fingerprint reads
 
 
 @dataclass
-class EvaluationRun:
-    """What the loop has. `engine` and `scorer` are there on ranks that generate."""
+class EvaluationRun(SamplingRun):
+    """What the loop has. `pool` is None where nothing is graded."""
 
-    config: Config
-    group: dist.ProcessGroup
-    rank: int
-    num_engines: int
-    chunk_size: int
     problems: list[Problem]
-    prompts: list[Prompt]
-    tokenizer: PreTrainedTokenizerBase
-    engine: Engine
     pool: RewardPool | None
-
-    @property
-    def again(self) -> bool:
-        """Whether a chunk that was broken off is generated as a whole again: the rounding of the embedded engine
-        depends on what else is in the batch."""
-        return self.config.rollout.engine is EngineKind.embedded
-
-    def text_of(self, token_ids: Sequence[int]) -> str:
-        """The text that is graded: the response without the end-of-sequence token that closed it."""
-        if token_ids and token_ids[-1] == self.tokenizer.eos_token_id:
-            token_ids = token_ids[:-1]
-        return self.tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
 def world_size(config: Config) -> int:
-    """Processes of an evaluation: one for each embedded engine, or the one that speaks to the servers."""
+    """Processes of a loop that only generates: one for each embedded engine, or the one that speaks to the servers."""
     return config.rollout.engines if config.rollout.engine is EngineKind.embedded else 1
+
+
+def chunk_size(config: Config) -> int:
+    """Sequences that are asked for before all of them are waited for."""
+    is_embedded = config.rollout.engine is EngineKind.embedded
+    return config.rollout.max_batch * world_size(config) if is_embedded else _AT_ONCE
 
 
 def weights_dir(config: Config) -> Path:
@@ -87,20 +73,25 @@ def wire_evaluation(config: Config) -> Iterator[EvaluationRun]:
     pool = None
     if grader != graders.NONE:
         pool = RewardPool(partial(Grading, grader), reward.workers, reward.timeout_seconds)
-    is_embedded = config.rollout.engine is EngineKind.embedded
-    size = world_size(config)
-    engine = _embedded(config, tokenizer, device) if is_embedded else _servers(config)
+    benchmark = config.benchmark
+    params = SamplingParams(
+        temperature=benchmark.temperature,
+        top_p=benchmark.top_p,
+        max_tokens=benchmark.max_tokens,
+        stop=tuple(benchmark.stop),
+    )
     try:
         yield EvaluationRun(
             config=config,
             group=group,
             rank=group.rank(),
-            num_engines=size,
-            chunk_size=config.rollout.max_batch * size if is_embedded else _AT_ONCE,
-            problems=problems,
+            num_engines=world_size(config),
+            chunk_size=chunk_size(config),
             prompts=prompts,
             tokenizer=tokenizer,
-            engine=engine,
+            engine=engine_of(config, tokenizer, device),
+            params=params,
+            problems=problems,
             pool=pool,
         )
     finally:
@@ -168,6 +159,12 @@ def _columns(benchmark: BenchmarkConfig) -> rows.Columns:
         tests=benchmark.tests_key,
         fixed_options=tuple(benchmark.options),
     )
+
+
+def engine_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Engine:
+    """What generates on this rank, with the weights of `weights_dir`."""
+    is_embedded = config.rollout.engine is EngineKind.embedded
+    return _embedded(config, tokenizer, device) if is_embedded else _servers(config)
 
 
 def _embedded(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Engine:

@@ -42,6 +42,10 @@ def main() -> None:
             from r1mega.loop import evaluate
 
             evaluate.main(config)
+        elif config.stage.loop is Loop.reject:
+            from r1mega.loop import reject
+
+            reject.main(config)
         elif config.stage.loop is Loop.sft:
             from r1mega.loop import sft
 

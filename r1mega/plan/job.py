@@ -141,12 +141,12 @@ def _rl(config: Config) -> Job:
 
 def _reject(config: Config) -> Job:
     """An "update" is a round of questions; as many as the rows make, else one."""
-    algo = config.algo
+    questions, each = config.algo.questions_per_round, config.curate.samples
     return _generated(
         config,
-        updates=math.ceil((rows_of(config) or 1) / algo.questions_per_round),
-        samples=algo.samples_per_round,
-        each=algo.group_size,
+        updates=math.ceil((rows_of(config) or 1) / questions),
+        samples=questions * each,
+        each=each,
         prompts=config.data.max_prompt_tokens,
         limit=longest_response(config)[1],
     )

@@ -1,28 +1,33 @@
-"""What a person sees of an evaluation while it runs: a bar on a terminal, a line now and then elsewhere."""
+"""What a person sees of samples being drawn while it goes on: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from r1mega.benchmark.samples import SampleFile
-from r1mega.config.schema import Config
+from r1mega.benchmark.samples import Graded, SampleFile
 
 _BAR_SECONDS, _LINE_SECONDS = 0.5, 10.0
 
 
 class Progress:
-    """Counts the samples in a file, those of earlier starts included. Nothing is shown with logger.console=false."""
+    """Counts the samples in a file, those of earlier starts included. Nothing is shown where `is_on` is false.
 
-    def __init__(self, config: Config, total: int, file: SampleFile) -> None:
-        self._name, self._total, self._file = config.benchmark.name, total, file
+    `share` is what one sample counts, of which the mean is shown.
+    """
+
+    def __init__(
+        self, name: str, total: int, file: SampleFile, *, is_on: bool, share: Callable[[Graded], float]
+    ) -> None:
+        self._name, self._total, self._file, self._share = name, total, file, share
         self._lock = threading.Lock()
         self._first, self._start, self._shown = len(file.samples), time.monotonic(), 0.0
-        self._is_on, self._bar = config.logger.console, None
+        self._is_on, self._bar = is_on, None
         if self._is_on and self._first:
             print(f"{self._name}: goes on with {self._first} of {total} samples kept", flush=True)
         if self._is_on and sys.stdout.isatty():
@@ -53,7 +58,7 @@ class Progress:
 
     def _words(self) -> str:
         samples = list(self._file.samples.values())
-        mean = sum(sample.score for sample in samples) / max(1, len(samples))
+        mean = sum(map(self._share, samples)) / max(1, len(samples))
         return f"{self._name} so far {100 * mean:.1f}%"
 
     def _print(self, now: float) -> None:
