@@ -31,6 +31,7 @@ from r1mega.config.choices import (
 )
 from r1mega.config.schema_benchmark import BenchmarkConfig
 from r1mega.config.schema_cluster import ClusterConfig
+from r1mega.config.schema_pipeline import PipelineConfig
 from r1mega.config.schema_plan import PlanConfig
 from r1mega.config.schema_reward import RewardConfig
 from r1mega.config.schema_reward_model import RewardModelConfig
@@ -346,3 +347,4 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
