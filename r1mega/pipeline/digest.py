@@ -40,8 +40,8 @@ class Digests:
         return digest.hexdigest()
 
     def save(self) -> None:
-        """Write what has been worked out since, if anything was."""
-        if self._is_new:
+        """Write what has been worked out since, if anything was; nothing where the pipeline has no directory yet."""
+        if self._is_new and self._root.is_dir():
             write_json(self._root / CACHE_FILE, {name: self._known[name] for name in sorted(self._known)})
             self._is_new = False
 

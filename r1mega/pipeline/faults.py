@@ -8,7 +8,6 @@ from r1mega.config.check import value_at
 from r1mega.config.choices import StageRun
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
-from r1mega.launch import preflight
 from r1mega.pipeline.stage import FILE_FIELDS, Stage
 
 
@@ -28,6 +27,8 @@ def of_stage(stage: Stage) -> Iterator[Fault | str]:
     except ConfigError as error:
         yield from error.faults
         return
+    from r1mega.launch import preflight  # seconds of imports that a pipeline of tools, or a look at it, does without
+
     yield from _undeclared(stage, config)
     yield from preflight.find(config, here=False)
 

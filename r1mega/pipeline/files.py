@@ -10,7 +10,7 @@ from typing import Any
 
 def write_json(path: Path, values: Any) -> None:
     """Write beside, then move into place."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.part")
     with part.open("w", encoding="utf-8") as file:
         json.dump(values, file, indent=1, ensure_ascii=False)
         file.write("\n")

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from r1mega.config import io
-from r1mega.config.choices import StageRun
+from r1mega.config.choices import Loop, StageRun
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema_pipeline import PipelineConfig
 from r1mega.pipeline import manifest as manifests
@@ -93,12 +93,14 @@ def _changed(stage: Stage, manifest: Mapping[str, Any], inputs: Mapping[str, Inp
 
 
 def can_go_on(stage: Stage) -> bool:
-    """A training from a checkpoint of its own, an evaluation from its samples; a tool begins anew."""
-    if not (stage.dir / io.FILE_NAME).exists():
+    """A training from a checkpoint of its own; what samples alone, an evaluation say, from its samples; a tool begins
+    anew."""
+    if stage.spec.run is StageRun.tool or not (stage.dir / io.FILE_NAME).exists():
         return False
-    if stage.spec.run is StageRun.train:
-        return any((stage.dir / "checkpoints").glob("update-*"))
-    return stage.spec.run is StageRun.evaluate and (stage.dir / "content.json").exists()
+    samples_alone = stage.general_config.stage.loop in (Loop.evaluate, Loop.reject)
+    if samples_alone:
+        return (stage.dir / "samples.jsonl").exists()
+    return any((stage.dir / "checkpoints").glob("update-*"))
 
 
 def require_sources(stages: Mapping[str, Stage], pipeline: PipelineConfig) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from r1mega.benchmark.estimates import bootstrap
 from r1mega.config.choices import Direction
 from r1mega.config.schema_pipeline import PipelineConfig, PipelineFinding
 from r1mega.pipeline.files import write_json
@@ -69,6 +68,8 @@ def finding(name: str, claimed: PipelineFinding, by_seed: Sequence[Measured]) ->
     interval = None
     least = sign * differences[0]
     if len(pairs) > 1:
+        from r1mega.benchmark.estimates import bootstrap  # numpy
+
         low, high = bootstrap(differences, RESAMPLES, seed=0)
         interval = [_rounded(low), _rounded(high)]
         least = min(sign * low, sign * high)

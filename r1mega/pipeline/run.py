@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from r1mega.config.check_pipeline import check_pipeline, order
+from r1mega.config.choices import StageRun
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.pipeline import faults, judge, lineage, lock, report
@@ -54,11 +56,15 @@ def run(config: Config, asked: Asked) -> int:
         return _status(config, walks)
     wanted = first if pipeline.only is None else {pipeline.only: first[pipeline.only]}
     judge.require_sources(wanted, pipeline)
-    with lock.held(root) as descriptor:
-        return _run(config, walks, descriptor)
+    with ExitStack() as stack:
+        # Stages alone, as jobs run them, run beside each other; a whole pipeline has its directory to itself.
+        held = [stack.enter_context(lock.held(root, shared=pipeline.only is not None))]
+        if pipeline.only is not None:
+            held.append(stack.enter_context(lock.held(root / "locks" / pipeline.only)))
+        return _run(config, walks, held)
 
 
-def _run(config: Config, all_stages: Sequence[dict[str, Stage]], descriptor: int) -> int:
+def _run(config: Config, all_stages: Sequence[dict[str, Stage]], locks: Sequence[int]) -> int:
     pipeline, root = config.pipeline, Path(config.run.dir).absolute()
     digests, signals, display = Digests(root), Signals(), Display()
     walks: list[Walk] = []
@@ -67,7 +73,7 @@ def _run(config: Config, all_stages: Sequence[dict[str, Stage]], descriptor: int
         for stages in all_stages:
             if len(all_stages) > 1:
                 print(f"seed {next(iter(stages.values())).place.seed}", flush=True)
-            walk = Walk(stages, pipeline, digests, signals, display, keep_open=(descriptor,))
+            walk = Walk(stages, pipeline, digests, signals, display, command=_command, keep_open=locks)
             walks.append(walk)
             with display.open():
                 code = walk.run(pipeline.only)
@@ -77,6 +83,14 @@ def _run(config: Config, all_stages: Sequence[dict[str, Stage]], descriptor: int
     if any(walk.done for walk in walks):
         print(f"wrote {report.write(root, pipeline, walks)}")
     return code
+
+
+def _command(stage: Stage, resume: bool) -> Sequence[str]:
+    if stage.spec.run is StageRun.tool:
+        return stage.command(resume=resume)
+    from r1mega.pipeline import chain
+
+    return chain.in_job(stage, resume)
 
 
 def _status(config: Config, all_stages: Sequence[dict[str, Stage]]) -> int:

@@ -168,7 +168,8 @@ class Stage:
 
 
 def stages_of(pipeline: PipelineConfig, names: Sequence[str], place: Place, compose: Compose) -> dict[str, Stage]:
-    """The stages of one seed in the order of `names`. A source that was not given lies nowhere: its path is empty."""
+    """The stages of one seed in the order of `names`. A source that was not given lies where
+    nothing is."""
     found = {}
     for name in names:
         spec = pipeline.stages[name]
@@ -181,7 +182,8 @@ def _path_of(pipeline: PipelineConfig, reference: str, place: Place) -> Path:
     before, _, name = reference.rpartition(".")
     if before:
         return place.stage(before) / outputs_of(pipeline.stages[before])[name].path
-    return Path(pipeline.sources[reference].path or "").absolute()
+    path = pipeline.sources[reference].path
+    return Path(path).absolute() if path else place.root / "sources-not-given" / reference
 
 
 def assign(field: str, value: str) -> str:
