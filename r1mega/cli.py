@@ -105,6 +105,62 @@ SUBMIT_HELP = """\
     has ended. The fields under `slurm.` are those of `r1mega train --help`; docs/cluster.md tells the rest."""
 
 
+def pipeline(arguments: Sequence[str]) -> int:
+    """Run all stages of a recipe as one, or go on with them; say how far they are, plan or submit them."""
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        from r1mega.config.registry import options
+
+        print(textwrap.dedent(PIPELINE_HELP))
+        print("\n".join(f"  {name:<14}{about}".rstrip() for name, about in options().get("pipeline", {}).items()))
+        return 0 if arguments else USAGE_ERROR
+    rest = [argument for argument in arguments if argument != "--dry-run"]
+    return _for_each_composed(
+        "pipeline", rest, lambda config: _pipeline(config, rest, dry_run=len(rest) < len(arguments))
+    )
+
+
+def _pipeline(config: Config, arguments: Sequence[str], *, dry_run: bool) -> int:
+    from hydra.core.hydra_config import HydraConfig
+
+    runs = importlib.import_module("r1mega.pipeline.run")
+    return runs.run(config, runs.Asked(list(HydraConfig.get().overrides.task), _compose_stage, arguments, dry_run))
+
+
+def _compose_stage(overrides: Sequence[str]) -> Config:
+    """What `r1mega train` or `evaluate` would compose from these. Raises ConfigError where that cannot be."""
+    from hydra import compose
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from r1mega.config.faults import ConfigError
+    from r1mega.config.io import typed
+    from r1mega.config.registry import suggestions
+
+    try:
+        return typed(compose("config", list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        near = [f"; {text}: did you mean {' or '.join(found)}?" for text in overrides if (found := suggestions(text))]
+        raise ConfigError([f"{str(error).splitlines()[0]}{''.join(near)}"]) from error
+
+
+PIPELINE_HELP = """\
+    usage: r1mega pipeline pipeline=NAME run.dir=DIR [pipeline.FIELD=VALUE ...] [--dry-run]
+
+    Runs the stages of conf/pipeline/NAME.yaml one after the other, each as a process with its run directory
+    DIR/stages/STAGE. The same command goes on where it was stopped or killed: what is done is skipped, and what changed
+    is run again with what depends on it. DIR receives report.json and lineage.json.
+      r1mega pipeline ... pipeline.only=STAGE      this stage alone
+      r1mega pipeline ... pipeline.status=true     what is done, what has to be run, and why
+      r1mega pipeline ... pipeline.seeds=[0,1,2]   all of it with each seed
+      r1mega pipeline ... pipeline.plan=true       what each stage would take, as `r1mega plan`
+      r1mega pipeline ... --dry-run                the chain of Slurm jobs; pipeline.submit=true queues it
+      r1mega pipeline ... pipeline.sources.NAME.path=PATH      what no stage makes
+    Exit code: 0, 2 for a fault in what was asked, 75 where it was asked to stop (SIGUSR1), else the failed stage's.
+    docs/pipeline.md tells the rest; `r1mega train --help` lists the fields.
+
+    pipelines:"""
+
+
 def doctor(arguments: Sequence[str]) -> int:
     """Say what this machine can run, what is missing, what that costs and how to get it."""
     return _launcher("doctor").main(arguments)
@@ -290,6 +346,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "replay": replay,
     "plan": plan,
+    "pipeline": pipeline,
     "doctor": doctor,
 }
 

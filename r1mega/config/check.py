@@ -13,6 +13,7 @@ from r1mega.config.check_cluster import check_cluster
 from r1mega.config.check_curate import CURATE_BOUNDS, check_curate
 from r1mega.config.check_engines import check_engines
 from r1mega.config.check_memory import check_memory
+from r1mega.config.check_pipeline import check_pipeline
 from r1mega.config.check_plan import PLAN_BOUNDS
 from r1mega.config.check_reward import REWARD_BOUNDS, check_rewards
 from r1mega.config.check_reward_model import REWARD_MODEL_BOUNDS, check_reward_models
@@ -169,6 +170,7 @@ def check(config: Config, *, here: bool = True) -> list[Fault]:
         *_check_lengths(config),
         *check_memory(config),
         *_check_saving(config),
+        *check_pipeline(config.pipeline),
     ]
     if not any(fault.field.startswith(("algo.", "sft.", "parallel.dp")) for fault in bounds):
         faults += _check_batch(config)

@@ -32,6 +32,7 @@ from r1mega.config.choices import (
 from r1mega.config.schema_benchmark import BenchmarkConfig
 from r1mega.config.schema_cluster import ClusterConfig
 from r1mega.config.schema_curate import CurateConfig
+from r1mega.config.schema_pipeline import PipelineConfig
 from r1mega.config.schema_plan import PlanConfig
 from r1mega.config.schema_reward import RewardConfig
 from r1mega.config.schema_reward_model import RewardModelConfig
@@ -348,3 +349,4 @@ class Config:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     curate: CurateConfig = field(default_factory=CurateConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)

@@ -16,7 +16,7 @@ from types import FrameType
 
 from r1mega.config import io
 from r1mega.config.check_slurm import ranks_per_node, training_nodes
-from r1mega.config.choices import EngineKind, Loop
+from r1mega.config.choices import GENERATING_LOOPS, EngineKind, Loop
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.launch import preflight, resume, rundir, slurm
@@ -98,7 +98,7 @@ def _prepare(config: Config, job: Job) -> None:
 def place_engines(config: Config, nodes: tuple[str, ...]) -> None:
     """Give SGLang servers their machines: the last ones, or those of the trainers. On a job of one they are local."""
     settings, sglang = config.slurm, config.sglang
-    if config.stage.loop is not Loop.rl or config.rollout.engine is not EngineKind.sglang or len(nodes) == 1:
+    if config.stage.loop not in GENERATING_LOOPS or config.rollout.engine is not EngineKind.sglang or len(nodes) == 1:
         return
     each = sglang.tp // sglang.nodes_per_engine
     free = nodes[len(nodes) - settings.engine_nodes :] if settings.engine_nodes else nodes

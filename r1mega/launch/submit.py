@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from r1mega.config.check_slurm import check_submit, ranks_per_node
@@ -75,8 +76,9 @@ def _require_idle(run_dir: Path) -> None:
         raise ConfigError([Fault("run.dir", str(run_dir), constraint, f"wait for it, or end it: scancel {job}")])
 
 
-def render(config: Config, config_path: Path) -> str:
-    """The script of the job, whose run directory is that of `config_path` (absolute)."""
+def render(config: Config, config_path: Path, command: Sequence[str] | None = None) -> str:
+    """The script of the job, whose run directory is that of `config_path` (absolute). It ends in `command`, by default
+    the controller of a run on the job's machines."""
     settings, run_dir = config.slurm, config_path.parent
     folder = slurm.templates()
     values = {
@@ -87,10 +89,14 @@ def render(config: Config, config_path: Path) -> str:
         "exports": _exports(config),
         "requeue": 'scontrol requeue "$SLURM_JOB_ID";' if settings.requeue else "",
         "health_check": _health_check(config, run_dir) if settings.health_check else ": # slurm.health_check=false",
-        "python": settings.python or sys.executable,
+        "command": shlex.join(command) if command else _controller(config, config_path),
     }
     template = (folder / SCRIPT).read_text(encoding="utf-8")
     return _PLACE.sub(lambda place: values[place["name"]], template)
+
+
+def _controller(config: Config, config_path: Path) -> str:
+    return f'"{config.slurm.python or sys.executable}" -m r1mega.launch.slurm_job --config "{config_path}"'
 
 
 def _output(run_dir: Path) -> str:

@@ -17,7 +17,7 @@ from r1mega.parallel.layout import Layout
 from r1mega.plan import held as holdings
 from r1mega.plan import job as jobs
 from r1mega.plan import validity
-from r1mega.plan.assess import assess
+from r1mega.plan.assess import Assessment, assess
 from r1mega.plan.document import as_document
 from r1mega.plan.suggest import suggestions
 
@@ -41,6 +41,19 @@ class Progress:
 def plan(config: Config, also: Sequence[Fault | str] = ()) -> int:
     """Print what the run would take; 0 where it fits, 1 where it does not. Raises ConfigError where it cannot be, with
     every reason, those that the caller has found among them."""
+    found, elements = work_out(config, also)
+    hints = [] if found.fits else suggestions(found)
+    if config.plan.format is PlanFormat.json:
+        print(json.dumps(as_document(found, hints, elements)), flush=True)
+    else:
+        from r1mega.plan.report import show
+
+        show(found, hints, elements)
+    return FITS if found.fits else DOES_NOT_FIT
+
+
+def work_out(config: Config, also: Sequence[Fault | str] = ()) -> tuple[Assessment, int]:
+    """What the run would take, and the elements of its model. Raises ConfigError as `plan`."""
     fields = validity.model_of(config)
     layout = validity.require(config, fields, also)
     freezes = config.model.mtp is Mtp.freeze
@@ -50,16 +63,7 @@ def plan(config: Config, also: Sequence[Fault | str] = ()) -> int:
             parts = holdings.from_megatron(fields, layout, freezes_mtp=freezes, on_stage=progress)
     else:  # engines alone: nothing is built, the whole model is what counts
         parts = holdings.table_of(fields).held(Layout(), freezes_mtp=freezes)
-    found = assess(config, fields, parts)
-    elements = sum(part.distinct for part in parts)
-    hints = [] if found.fits else suggestions(found)
-    if config.plan.format is PlanFormat.json:
-        print(json.dumps(as_document(found, hints, elements)), flush=True)
-    else:
-        from r1mega.plan.report import show
-
-        show(found, hints, elements)
-    return FITS if found.fits else DOES_NOT_FIT
+    return assess(config, fields, parts), sum(part.distinct for part in parts)
 
 
 @contextmanager
