@@ -69,7 +69,7 @@ def value_range(values: Sequence[float], *, from_zero: bool = True) -> tuple[flo
     low, high = min(values), max(values)
     if from_zero or high - low > _NEAR_ZERO * max(abs(low), abs(high)):
         low, high = min(0.0, low), max(0.0, high)
-    step = _step(high - low, 5)
+    step = _step(high - low or abs(high), 5)
     bottom, top = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
     return bottom, top if top > bottom else bottom + step
 
@@ -77,7 +77,7 @@ def value_range(values: Sequence[float], *, from_zero: bool = True) -> tuple[flo
 def chart(
     title: str, lines: Sequence[Line], unit: Unit, updates: tuple[int, int], values: tuple[float, float]
 ) -> Element:
-    """A figure element with the drawing, its legend and its figures; `updates` and `values` are the ends of the axes."""
+    """A figure element with the drawing, its legend and its figures; `updates` and `values`: the ends of the axes."""
     scale = Scale(updates, values)
     drawn = el(
         "svg", *_axes(scale, unit), *_curves(lines, scale, unit), viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
@@ -222,7 +222,7 @@ def _figures(lines: Sequence[Line], unit: Unit) -> list[Element]:
     head: list[Child] = ["update", *(heading for heading, _ in columns)]
     made = [table(head, rows, cls="figures")]
     if stride > 1:
-        made.append(el("p", f"Every {stride}th of {len(updates):,} updates; report.json has all.", cls="reading"))
+        made.append(el("p", f"One of {stride} of the {len(updates):,} updates; report.json has all.", cls="reading"))
     return made
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _MISSING = object()
+_LARGEST, _MOST_UPDATES = 1e100, 2**53  # beyond these no axis can be drawn
 _MOST_SHOWN = 60  # characters of a wrong value in an error
 
 
@@ -86,15 +87,13 @@ class Fields:
 
 def number(fields: Fields, key: str, value: Any, expected: str) -> float | None:
     """`value` as a float; None for null and for what is not finite. Raises PageError where it is no number."""
-    if value is None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         fields.fail(key, value, expected)
-    try:
-        found = float(value)
-    except OverflowError:
-        fields.fail(key, value, expected)
-    return found if math.isfinite(found) else None
+    if abs(value) > _LARGEST:
+        fields.fail(key, value, f"{expected}, at most {_LARGEST:g} in size")
+    return float(value)
 
 
 def points(fields: Fields, key: str, value: Any) -> tuple[tuple[int, float | None], ...]:
@@ -105,7 +104,7 @@ def points(fields: Fields, key: str, value: Any) -> tuple[tuple[int, float | Non
     found: dict[int, float | None] = {}
     for index, pair in enumerate(value):
         at = f"{key}[{index}]"
-        if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int or pair[0] < 0:
+        if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int or not 0 <= pair[0] < _MOST_UPDATES:
             fields.fail(at, pair, "[update, value], an integer of at least 0 and a number or null")
         found[pair[0]] = number(fields, f"{at}[1]", pair[1], "a number or null")
     return tuple(sorted(found.items()))

@@ -151,7 +151,7 @@ def _load(path: Path, unshown: list[str]) -> tuple[Fields, str]:
         found = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise PageError(f"{path} is not UTF-8 text: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise PageError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise PageError(f"{path}: got {shown(found)}; expected an object")

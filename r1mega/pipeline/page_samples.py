@@ -51,10 +51,11 @@ def _answer(sample: Sample) -> Element:
 
 
 def split(response: str) -> tuple[str, str]:
-    """The thinking with its tags, and what follows it: up to the last `</think>`; all where it never ends."""
+    """The thinking with its tags, up to the last `</think>` (all where it never ends), and what follows it; without
+    white space around either."""
     if _CLOSE in response:
         before, tag, after = response.rpartition(_CLOSE)
-        return before + tag, after.strip()
+        return (before + tag).strip(), after.strip()
     if _OPEN in response:
-        return response, ""
+        return response.strip(), ""
     return "", response.strip()

@@ -110,8 +110,10 @@ def counts(values: Mapping[str, Any]) -> Child:
 
 def _count(value: Any) -> Child:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        unit = Unit(is_share=False, digits=_digits([abs(value)]))
-        return el("data", written(float(value), unit) if abs(value) < _WHOLE else str(value), value=repr(value))
+        text = str(value)
+        if abs(value) < _WHOLE:
+            text = written(float(value), Unit(is_share=False, digits=_digits([abs(value)])))
+        return el("data", text, value=repr(value))
     return NONE if value is None else str(value)
 
 
