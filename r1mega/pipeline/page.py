@@ -26,6 +26,7 @@ from r1mega.pipeline.page_tables import findings, stage_table
 from r1mega.pipeline.page_text import listed, plural
 
 PAGE_FILE = "report.html"
+_MOST_NAMED = 10  # stages in the sentence under the title
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -74,7 +75,7 @@ def render(page: Page) -> str:
             "curves",
             "Curves",
             "Accuracy and mean response length over the updates of each stage.",
-            curves(page.stages),
+            curves(page.stages, len(page.seeds)),
         ),
         ("stages", "Stages", "What each stage scores once it is done.", stage_table(page.stages)),
         ("samples", "Samples", "The same question, answered by the models of several stages.", samples(page.stages)),
@@ -116,7 +117,7 @@ def _sentence(page: Page) -> str:
     seeds = listed([str(seed) for seed in page.seeds])
     with_seeds = f", with seed{'s' if len(page.seeds) > 1 else ''} {seeds}" if seeds else ""
     took = "" if page.seconds is None else f", in {format_seconds(page.seconds)}"
-    which = f": {listed(names)}" if names else ""
+    which = f": {listed(names)}" if 0 < len(names) <= _MOST_NAMED else ""
     return f"A run of the DeepSeek-R1 pipeline through {plural(len(names), 'stage')}{with_seeds}{took}{which}."
 
 
@@ -133,12 +134,11 @@ def _verdicts(page: Page) -> str:
 
 def _footer(page: Page) -> Element:
     configs = [[work.name, work.config] for work in page.works]
-    digest = page.config_digest
-    if digest is None and configs:
-        digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode()).hexdigest() if configs else ""
+    codes = ", ".join(dict.fromkeys(work.code for work in page.works if work.code))
     rows: list[tuple[str, Child]] = [
         ("config digest", el("code", digest) if digest else "none"),
-        ("code version", el("code", page.code_version) if page.code_version else "not recorded by the run"),
+        ("code version", el("code", codes) if codes else "none recorded"),
         ("time", _seconds(page)),
         ("seeds", ", ".join(str(seed) for seed in page.seeds) or "none"),
     ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from r1mega.pipeline.page_input import ALL, Points
 from r1mega.pipeline.page_markup import Child, Element, details, el, table
-from r1mega.pipeline.page_text import Unit, figure, label, listed, written
+from r1mega.pipeline.page_text import Unit, figure, label, listed, unit_of, written
 
 WIDTH, HEIGHT = 520, 290
 LEFT, RIGHT, TOP, BOTTOM = 64, 66, 16, 44
@@ -31,6 +32,7 @@ class Line:
     def said(self) -> str:
         return self.label or label(self.name)
 
+    @functools.cached_property
     def mean(self) -> Known:
         """(update, mean over the seeds) at each update at which every seed has a value."""
         columns = [dict(points) for points in self.by_seed.values() if points]
@@ -75,22 +77,32 @@ def value_range(values: Sequence[float], *, from_zero: bool = True) -> tuple[flo
 
 
 def chart(
-    title: str, lines: Sequence[Line], unit: Unit, updates: tuple[int, int], values: tuple[float, float]
+    title: str,
+    lines: Sequence[Line],
+    unit: Unit,
+    updates: tuple[int, int],
+    values: tuple[float, float],
+    *,
+    is_small: bool = False,
 ) -> Element:
-    """A figure element with the drawing, its legend and its figures; `updates` and `values`: the ends of the axes."""
+    """A figure element with the drawing, its legend and its figures; `updates` and `values`: the ends of the axes.
+
+    A small one leaves out the figures, and what says them where it is pointed at.
+    """
     scale = Scale(updates, values)
-    drawn = el(
-        "svg", *_axes(scale, unit), *_curves(lines, scale, unit), viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
-        aria_label=f"{title}: {_said(lines, unit)}",
-    )  # fmt: skip
+    inside = [*_axes(scale, unit), *_curves(lines, scale, unit, is_small=is_small)]
+    said = f"{title}: {_said(lines, unit)}"
+    drawn = el("svg", *inside, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=said)
     caption = el("figcaption", el("b", title))
-    return el("figure", caption, drawn, _legend(lines), details("The figures", *_figures(lines, unit)), cls="chart")
+    if is_small:
+        return el("figure", caption, drawn, _legend(lines), cls="chart")
+    return el("figure", caption, drawn, _legend(lines), details("The figures", *figures(lines)), cls="chart")
 
 
 def _said(lines: Sequence[Line], unit: Unit) -> str:
     parts = []
     for line in lines:
-        if mean := line.mean():
+        if mean := line.mean:
             (first, start), (last, end) = mean[0], mean[-1]
             parts.append(
                 f"{line.said()} from {written(start, unit)} at update {first} to {written(end, unit)} at update {last}"
@@ -123,12 +135,12 @@ def _axes(scale: Scale, unit: Unit) -> list[Element]:
     return made
 
 
-def _curves(lines: Sequence[Line], scale: Scale, unit: Unit) -> list[Element]:
+def _curves(lines: Sequence[Line], scale: Scale, unit: Unit, *, is_small: bool) -> list[Element]:
     made: list[Element] = []
     ends: list[tuple[float, float, str, str]] = []
     for index, line in reversed(list(enumerate(lines))):  # the first line is what the chart is about: on top
         color = f"c{index % COLORS}"
-        mean = line.mean()
+        mean = line.mean
         seeds = [points for points in line.by_seed.values() if points]
         if len(seeds) > 1:
             made += [el("path", d=_path(points, scale), cls=f"seed {color}") for points in seeds]
@@ -140,7 +152,8 @@ def _curves(lines: Sequence[Line], scale: Scale, unit: Unit) -> list[Element]:
                 made.append(el("path", d=_path(main, scale), cls=f"seed {color}"))
             main = tuple(smoothed(mean))
         made.append(el("path", d=_path(main, scale), cls=f"mean {color}"))
-        made += _marks(mean, scale, unit, color, line.said())
+        if not is_small or len(mean) == 1:
+            made += _marks(mean, scale, unit, color, line.said())
         if mean:
             x, y = scale.x(mean[-1][0]), scale.y(mean[-1][1])
             ends.append((y, x, written(mean[-1][1], unit), color))
@@ -201,25 +214,30 @@ def _legend(lines: Sequence[Line]) -> Element:
     ]
     num_seeds = max(sum(bool(points) for points in line.by_seed.values()) for line in lines)
     notes = [f"thin: each of {num_seeds} seeds, thick: their mean"] if num_seeds > 1 else []
-    if smooth := [line.said() for line in lines if len(line.mean()) > SMOOTH_FROM]:
+    if smooth := [line.said() for line in lines if len(line.mean) > SMOOTH_FROM]:
         notes.append(f"smoothed over a tenth: {listed(smooth)}")
     note = el("li", f"({'; '.join(notes)})") if notes else None
     return el("ul", *items, note, cls="legend")
 
 
-def _figures(lines: Sequence[Line], unit: Unit) -> list[Element]:
+def figures(lines: Sequence[Line]) -> list[Element]:
+    """The values of the lines as one table, a row for each update; of very many every k-th, and the last."""
     columns = []
     for line in lines:
+        unit = unit_of(line.name, line.values())
         for seed, points in line.by_seed.items():
             heading = line.said() + ("" if seed == ALL else f", seed {seed}")
-            columns.append((heading, dict(points)))
+            columns.append((heading, dict(points), unit))
         if len(line.by_seed) > 1:
-            columns.append((f"{line.said()}, mean", dict(line.mean())))
-    updates = sorted({update for _, column in columns for update in column})
+            columns.append((f"{line.said()}, mean", dict(line.mean), unit))
+    updates = sorted({update for _, column, _ in columns for update in column})
     stride = math.ceil(len(updates) / MOST_ROWS)
     kept = [u for index, u in enumerate(updates) if index % stride == 0 or u == updates[-1]]
-    rows = [el("tr", el("th", f"{u:,}", scope="row"), *(_cell(column, u, unit) for _, column in columns)) for u in kept]
-    head: list[Child] = ["update", *(heading for heading, _ in columns)]
+    rows = [
+        el("tr", el("th", f"{u:,}", scope="row"), *(_cell(column, u, unit) for _, column, unit in columns))
+        for u in kept
+    ]
+    head: list[Child] = ["update", *(heading for heading, _, _ in columns)]
     made = [table(head, rows, cls="figures")]
     if stride > 1:
         made.append(el("p", f"One of {stride} of the {len(updates):,} updates; report.json has all.", cls="reading"))
@@ -227,4 +245,8 @@ def _figures(lines: Sequence[Line], unit: Unit) -> list[Element]:
 
 
 def _cell(column: Mapping[int, float | None], update: int, unit: Unit) -> Element:
-    return el("td", figure(column[update], unit) if update in column else "–")
+    if update not in column:
+        return el("td", "–")
+    shown = figure(column[update], unit)
+    shown.attrib.pop("title", None)  # there are many
+    return el("td", shown)

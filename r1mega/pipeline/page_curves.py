@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from r1mega.pipeline.page_chart import Line, chart, value_range
-from r1mega.pipeline.page_input import Stage
+from r1mega.pipeline.page_chart import Line, chart, figures, value_range
+from r1mega.pipeline.page_input import ALL, Stage
 from r1mega.pipeline.page_markup import Element, details, el
 from r1mega.pipeline.page_text import anchor, label, unit_of
 
@@ -25,8 +25,9 @@ _LEGENDS = {
 Panel = tuple[str, list[Line]]
 
 
-def curves(stages: Sequence[Stage]) -> Element:
-    """A section for each stage with a history; the two charts of the figures have one scale in all stages."""
+def curves(stages: Sequence[Stage], num_seeds: int) -> Element:
+    """A section for each stage with a history; the two charts of the figures have one scale in all stages. `num_seeds`:
+    of the run, which may have more than the curves."""
     by_stage = [(stage, *_panels(stage)) for stage in stages]
     shown = [(stage, main, others) for stage, main, others in by_stage if main or others]
     if not shown:
@@ -41,12 +42,17 @@ def curves(stages: Sequence[Stage]) -> Element:
         span = min(updates), max(updates)
         section = el("section", el("h3", stage.name), el("p", stage.about, cls="about"), id=anchor("curves", index))
         if main:
-            section.append(el("div", *(_drawn(panel, span, reaches[panel[0]]) for panel in main), cls="panels"))
+            section.append(
+                el("div", *(_drawn(panel, span, reaches[panel[0]], is_small=False) for panel in main), cls="panels")
+            )
         if others:
-            drawn = el("div", *(_drawn(panel, span, None) for panel in others), cls="panels")
-            names = ", ".join(title for title, _ in others)
-            section.append(details(f"Also recorded: {names}", drawn, open=not main))
+            drawn = el("div", *(_drawn(panel, span, None, is_small=True) for panel in others), cls="panels")
+            values = details("The figures", *figures([line for _, lines in others for line in lines]))
+            section.append(details(f"Also recorded: {', '.join(title for title, _ in others)}", drawn, values))
         made.append(section)
+    if num_seeds > 1 and any(ALL in by_seed for stage in stages for by_seed in stage.history.values()):
+        text = f"The run has {num_seeds} seeds; where one line is drawn, report.json gives that of one of them."
+        made.append(el("p", text, cls="reading"))
     without = [stage.name for stage in stages if all(stage is not one for one, _, _ in shown)]
     if without:
         made.append(el("p", f"Without a history: {', '.join(without)}.", cls="reading"))
@@ -65,8 +71,9 @@ def _panels(stage: Stage) -> tuple[list[Panel], list[Panel]]:
     return [(title, panel) for title, panel in main if panel], [(label(line.name), [line]) for line in rest]
 
 
-def _drawn(panel: Panel, span: tuple[int, int], reach: tuple[float, float] | None) -> Element:
+def _drawn(panel: Panel, span: tuple[int, int], reach: tuple[float, float] | None, *, is_small: bool) -> Element:
     title, lines = panel
     values = [value for line in lines for value in line.values()]
     unit = unit_of(lines[0].name, values)
-    return chart(title, lines, unit, span, reach or value_range(values, from_zero=False))
+    reach = reach or value_range(values, from_zero=False)
+    return chart(title, lines, unit, span, reach, is_small=is_small)

@@ -3,9 +3,11 @@
 report.json: {"title", "seeds", "seconds", "stages": [{"name", "about", "metrics", "history", "samples"}], "findings":
 [{"name", "claim", "value", "baseline", "difference", "interval", "holds", "note"}]}. lineage.json: {"nodes": [{"id",
 "kind", "path", "sha256", "stage", "counts"}], "edges": [{"from", "to", "stage"}], "stages": [{"name", "about", "key",
-"seconds", "counts", "config"}], and, where they are known, "config_digest" and "code_version"}. Shares are shares of 1.
+"seconds", "counts", "config"}]}. Shares are shares of 1.
+
 Where several seeds ran, a metric may be an object from seed to number, and a history an object from seed to points,
-instead of one number and one list of points; a sample may name its "seed", a finding its "unit" ("share" or "number").
+instead of one number and one list of points. A sample may name its "seed", a finding its "unit" ("share" or "number"),
+a stage of the lineage its "code" (an object, as of a version and a commit).
 """
 
 from __future__ import annotations
@@ -92,6 +94,7 @@ class Work:
     seconds: float | None
     counts: Mapping[str, Any]
     config: Any
+    code: str | None
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,6 @@ class Page:
     artifacts: Sequence[Artifact]
     made: Sequence[Made]
     works: Sequence[Work]
-    config_digest: str | None
-    code_version: str | None
     digests: Mapping[str, str] = field(default_factory=dict)
     unshown: Sequence[str] = ()
 
@@ -129,8 +130,6 @@ def read(run_dir: Path) -> Page:
         artifacts=artifacts,
         made=made,
         works=works,
-        config_digest=lineage.text("config_digest", None),
-        code_version=lineage.text("code_version", None),
         digests={REPORT_FILE: report_digest, LINEAGE_FILE: lineage_digest},
         unshown=unshown,
     )
@@ -267,6 +266,7 @@ def _work(one: Fields) -> Work:
         seconds=one.number("seconds"),
         counts=one.mapping("counts"),
         config=one.take("config", None),
+        code=" ".join(str(part) for part in one.mapping("code").values() if part is not None) or None,
     )
     one.done()
     return work

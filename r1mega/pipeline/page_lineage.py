@@ -12,9 +12,9 @@ from r1mega.pipeline.page_layout import Layout, ancestors, layout
 from r1mega.pipeline.page_markup import Child, Element, details, el, table
 from r1mega.pipeline.page_text import anchor, counts, plural, shortened
 
-_BOX_W, _BOX_H, _GAP_X, _ROW = 164, 44, 44, 58
+_BOX_W, _BOX_H, _GAP_X, _ROW = 182, 44, 42, 58
 _MARGIN = 10
-_MOST_LETTERS = 20
+_MOST_LETTERS = 22
 _KINDS = 6  # classes k0..k5 of the style sheet
 _DIGEST = re.compile(r"(sha256:)?[0-9a-f]{16,}")
 
@@ -132,7 +132,10 @@ def _box(one: Artifact, index: int, placed: Layout, kind: str, up: str) -> Eleme
 
 
 def _what(one: Artifact) -> str:
+    """Its kind, and who made it where the name does not say that."""
     kind = shortened(one.kind, _MOST_LETTERS - 8)
+    if one.stage and _name(one).startswith(one.stage):
+        return kind
     return f"{kind} · {shortened(one.stage or 'given', _MOST_LETTERS + 2 - len(kind))}"
 
 

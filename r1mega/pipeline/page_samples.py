@@ -21,7 +21,12 @@ def samples(stages: Sequence[Stage]) -> Element:
     if not answers:
         return el("p", "none", cls="none")
     ranked = sorted(answers.items(), key=lambda item: -len({name for name, _ in item[1]}))
-    return el("div", *(_question(question, given) for question, given in ranked))
+    several = [_question(*item) for item in ranked if len({name for name, _ in item[1]}) > 1]
+    alone = [_question(*item) for item in ranked[len(several) :]]
+    if not several:
+        return el("div", el("p", "No question was answered by several stages."), *alone)
+    title = f"{plural(len(alone), 'question')} that one stage alone answered"
+    return el("div", *several, details(title, *alone) if alone else None)
 
 
 def _question(question: str, given: Sequence[tuple[str, Sample]]) -> Element:

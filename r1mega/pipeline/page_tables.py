@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from r1mega.pipeline.page_input import ALL, Finding, Stage, mean
-from r1mega.pipeline.page_markup import Child, Element, definitions, el, table
-from r1mega.pipeline.page_text import Unit, direction, figure, label, unit_of, written
+from r1mega.pipeline.page_markup import Child, Element, add, definitions, details, el, table
+from r1mega.pipeline.page_text import Unit, breakable, direction, figure, label, listed, unit_of, written
 
 _VERDICTS = {True: ("holds", "holds"), False: ("does not show", "fails"), None: ("not decided", "open")}
+_ACCURACY = re.compile(r"accura|(pass|cons)(@|_at_)\d")
 _BAR, _PAD = 240, 8  # width of the drawing of a difference, room at its ends
 
 
@@ -73,27 +75,48 @@ def _difference(one: Finding, unit: Unit) -> Element | None:
 
 
 def stage_table(stages: Sequence[Stage]) -> Element:
-    """Metrics down, stages across; what only one stage has stands below the table."""
+    """Metrics down, stages across: a table for each lot of stages that have metrics in common, that of the evaluations
+    first and the others folded; what only one stage has stands below."""
     having: dict[str, list[Stage]] = {}
     for stage in stages:
         for name in stage.metrics:
             having.setdefault(name, []).append(stage)
-    shared = [name for name, ones in having.items() if len(ones) > 1]
-    across = [stage for stage in stages if any(name in stage.metrics for name in shared)]
+    if not having:
+        return el("p", "none", cls="none")
+    shared = {name: ones for name, ones in having.items() if len(ones) > 1}
     made = el("div")
-    if shared:
-        rows = [_metric_row(name, across) for name in shared]
-        head: list[Child] = ["", *(el("span", stage.name, title=stage.about) for stage in across)]
-        made.append(table(head, rows, cls="stages"))
-        made.append(el("p", _READING, cls="reading"))
+    for index, names in enumerate(sorted(_lots(shared), key=lambda names: -max(map(_weight, names)))):
+        across = [stage for stage in stages if any(name in stage.metrics for name in names)]
+        head: list[Child] = ["", *(breakable(stage.name, stage.about) for stage in across)]
+        one = table(head, [_metric_row(name, across) for name in names], cls="stages")
+        if index == 0:
+            add(made, one, el("p", _READING, cls="reading"))
+        else:
+            made.append(details(f"The figures of {listed([stage.name for stage in across])}", one))
     alone = [(stage, {n: v for n, v in stage.metrics.items() if n not in shared}) for stage in stages]
     alone = [(stage, own) for stage, own in alone if own]
     if alone:
         made.append(el("h3", "Of one stage alone"))
         made.append(definitions((stage.name, _own(own)) for stage, own in alone))
-    if not having:
-        made.append(el("p", "none", cls="none"))
     return made
+
+
+def _lots(having: Mapping[str, Sequence[Stage]]) -> list[list[str]]:
+    """The metrics in lots: two are in one where a stage has both, or stages in a chain lead from one to the other."""
+    lots: list[tuple[set[str], list[str]]] = []  # names of stages, metrics
+    for name, ones in having.items():
+        members, names = {stage.name for stage in ones}, [name]
+        for lot in [lot for lot in lots if lot[0] & members]:
+            lots.remove(lot)
+            members, names = members | lot[0], [*lot[1], *names]
+        lots.append((members, names))
+    order = list(having)
+    return [sorted(names, key=order.index) for _, names in lots]
+
+
+def _weight(name: str) -> int:
+    """How much a metric is what a table of stages is for: the accuracy of an evaluation, not a training's last one."""
+    return 0 if not _ACCURACY.search(name.lower()) else 1 if "/" in name else 2
 
 
 _READING = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1mega.metrics.catalog import CATALOG
-from r1mega.pipeline.page_markup import Child, Element, el
+from r1mega.pipeline.page_markup import Child, Element, add, el
 
 MINUS, POINTS, NONE = "\u2212", "\u00a0pts", "none"
 # Parts of metric names. A share of 1 is shown as a percentage; more of it is better, but for what is in _WORSE.
@@ -133,6 +133,15 @@ def shortened(text: str, most: int) -> str:
         return text
     tail = (most - 1) // 2
     return text[: most - 1 - tail] + "…" + text[-tail:]
+
+
+def breakable(name: str, about: str) -> Element:
+    """A name that may be broken after its underscores, as the head of a narrow column."""
+    first, *others = name.split("_")
+    shown = el("span", first, title=about)
+    for part in others:
+        add(shown, "_", el("wbr"), part)
+    return shown
 
 
 def anchor(prefix: str, index: int) -> str:

@@ -18,7 +18,7 @@ import page_sample
 
 from r1mega.pipeline.page import write
 
-VOID = {"meta", "link", "br", "hr", "img", "input", "col"}
+VOID = {"meta", "link", "br", "hr", "img", "input", "col", "wbr"}
 HOSTILE = (
     "</pre></details><script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'too' ]]> <!-- \x00\x1b\ud800"
 )
@@ -205,6 +205,32 @@ def test_the_best_of_a_row_is_bold(draw: Callable[..., Reader]) -> None:
         ("better", "+50.0\u00a0pts"), ("worse", "\u221225.0\u00a0pts"), ("better", "\u221225.0\u00a0pts"),
         ("better", "\u221212.5\u00a0pts"), ("", "+10"), ("", "\u22125"),
     ]  # fmt: skip
+
+
+def test_stages_that_measure_different_things_stand_in_different_tables(draw: Callable[..., Reader]) -> None:
+    stages = [
+        {"name": "trained_a", "about": "", "metrics": {"train/loss": 0.5, "reward/accuracy": 0.5}},
+        {"name": "scored_a", "about": "", "metrics": {"pass_at_1": 0.4, "cut_off": 0.1}},
+        {"name": "trained_b", "about": "", "metrics": {"train/loss": 0.25, "train/kl": 0.01}},
+        {"name": "scored_b", "about": "", "metrics": {"pass_at_1": 0.6}},
+        {"name": "trained_c", "about": "", "metrics": {"train/kl": 0.02}},
+    ]
+    text = draw({"title": "t", "seeds": [0], "seconds": 1, "findings": [], "stages": stages}).source
+    heads = re.findall(r'<table class="stages"><thead><tr>(.*?)</tr>', text)
+    names = [re.findall(r">([^<>]+)<wbr>([^<>]+)<", head) for head in heads]
+    assert names == [
+        [("scored_", "a"), ("scored_", "b")],  # what is shown first is what evaluations say
+        [("trained_", "a"), ("trained_", "b"), ("trained_", "c")],  # one lot: b has a metric of a and one of c
+    ]
+    alone = text[text.index("Of one stage alone") :]
+    assert 'value="0.1"' in alone and alone.index("trained_a") < alone.index("scored_a")
+
+
+def test_curves_of_one_of_several_seeds_say_so(draw: Callable[..., Reader]) -> None:
+    report = page_sample.report()
+    assert "report.json gives that of one of them" not in draw(report).all_text()
+    report["stages"][1]["history"] = {"eval/pass_at_1": [[0, 0.2], [10, 0.8]]}
+    assert "The run has 3 seeds; where one line is drawn, report.json gives that of one" in draw(report).all_text()
 
 
 def test_keys_without_a_place_are_named(draw: Callable[..., Reader]) -> None:

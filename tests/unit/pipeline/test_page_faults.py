@@ -18,20 +18,20 @@ from r1mega.pipeline.page_fields import PageError
 
 NUMBER = "a number, null, or an object from seed to number"
 POINT = "[update, value], an integer of at least 0 and a number or null"
-CUT = ("stages", 1, "metrics", "cut_off")
+CUT = ("stages", 2, "metrics", "cut_off")
 KL = ("stages", 1, "history", "train/kl", "1", 2)
 AT = "stages[1].history.train/kl.1[2]"
-CYCLE = {"from": "r1_scores", "to": "base", "stage": "s"}
+CYCLE = {"from": "all_scenario_eval.report", "to": "base", "stage": "s"}
 REPORT: list[tuple[tuple[str | int, ...], Any, str]] = [
     (("title",), 3, "title: got 3; expected a text"),
     (("findings",), KeyError, "findings: not there; expected a list of objects"),
     (("stages",), {"a": 1}, 'stages: got {"a": 1}; expected a list of objects'),
     (("seeds",), [0, "1"], 'seeds: got [0, "1"]; expected a list of integers'),
     (("stages", 1, "name"), KeyError, "stages[1].name: not there; expected a text"),
-    (("stages", 1, "name"), "base", 'stages[1].name: got "base"; expected a name that no other has'),
-    (CUT, "low", f'stages[1].metrics.cut_off: got "low"; expected {NUMBER}'),
-    (CUT, True, f"stages[1].metrics.cut_off: got true; expected {NUMBER}"),
-    ((*CUT, "0"), [], f"stages[1].metrics.cut_off.0: got []; expected {NUMBER}"),
+    (("stages", 1, "name"), "base_eval", 'stages[1].name: got "base_eval"; expected a name that no other has'),
+    (CUT, "low", f'stages[2].metrics.cut_off: got "low"; expected {NUMBER}'),
+    (CUT, True, f"stages[2].metrics.cut_off: got true; expected {NUMBER}"),
+    ((*CUT, "0"), [], f"stages[2].metrics.cut_off.0: got []; expected {NUMBER}"),
     (KL, [1], f"{AT}: got [1]; expected {POINT}"),
     (KL, [-1, 2.0], f"{AT}: got [-1, 2.0]; expected {POINT}"),
     (KL, [1.5, 2.0], f"{AT}: got [1.5, 2.0]; expected {POINT}"),
