@@ -236,6 +236,11 @@ REPLAY_HELP = """\
     one JSON line; exit code 0 where all are identical, 1 where not, 2 where the records do not go so far."""
 
 
+def report(arguments: Sequence[str]) -> int:
+    """Draw the page of a pipeline: findings, curves, the stage table, samples, lineage, in one HTML file."""
+    return importlib.import_module("r1mega.pipeline.page").main(arguments)
+
+
 def register_schema() -> None:
     """Make the dataclasses known to Hydra as `schema`, which conf/config.yaml starts from."""
     from hydra.core.config_store import ConfigStore
@@ -347,6 +352,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "replay": replay,
     "plan": plan,
     "pipeline": pipeline,
+    "report": report,
     "doctor": doctor,
 }
 
