@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +111,31 @@ def write_data(out: Path, seed: int, sft_rows: int, train_rows: int, eval_rows: 
     return {name: len(rows) for name, rows in files.items()}
 
 
-def write_base_config(out: Path, family: str) -> int:
-    """Config, generation config and tokenizer of an untrained model; returns the size of the vocabulary."""
+def write_base_config(
+    out: Path, family: str, words: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+) -> int:
+    """Config, generation config and tokenizer of an untrained model; returns the size of the vocabulary.
+
+    `words` are one token each besides those of the toy task, `changes` other fields of the config.
+    """
     from r1mega.data.toy_tokenizer import build_tokenizer, save_tokenizer
 
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(words)
     save_tokenizer(tokenizer, out)
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = {"model_type": family, **_COMMON, **_FAMILIES[family], **special, "vocab_size": len(tokenizer)}
+    config = {
+        "model_type": family,
+        **_COMMON,
+        **_FAMILIES[family],
+        **(changes or {}),
+        **special,
+        "vocab_size": len(tokenizer),
+    }
     generation = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, **special}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")

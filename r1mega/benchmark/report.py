@@ -33,11 +33,12 @@ class Settings:
 @dataclass(frozen=True)
 class Asked:
     """A problem with its samples in the order of their numbers, and the class of each one's answer (None: no votes are
-    counted in this benchmark)."""
+    counted in this benchmark). `measures` are further figures of each sample by name, each in 0 .. 1."""
 
     problem: Problem
     samples: Sequence[Graded]
     classes: Sequence[int | None] | None = None
+    measures: Sequence[Mapping[str, float]] = ()
 
 
 def build(settings: Settings, asked: Sequence[Asked], contests: Mapping[str, rating.Contest] | None = None, *,
@@ -91,6 +92,8 @@ def _metrics(settings: Settings, asked: Sequence[Asked]) -> dict[str, dict[str, 
     for k in settings.pass_at:
         if 1 < k <= settings.samples and all(one.classes is not None for one in asked):
             values[f"cons@{k}"] = [cons_at_k(one.classes, [s.score for s in one.samples], k) for one in asked]
+    for name in dict.fromkeys(name for one in asked for sample in one.measures for name in sample):
+        values[name] = [sum(sample[name] for sample in one.measures) / len(one.measures) for one in asked]
     found = {}
     for name, of_problems in values.items():
         low, high = bootstrap(of_problems, settings.bootstrap, settings.seed)

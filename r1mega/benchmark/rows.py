@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from r1mega.benchmark.answers import ALTERNATIVE, LETTERS
 from r1mega.data.jsonl import read_rows
 from r1mega.data.order import fingerprint
 from r1mega.data.templates import filled, look_up
+from r1mega.reward.language import LANGUAGES
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Problem:
     contest: str = ""
     """Of a programming contest: the contest's name, `index` the problem's in it."""
     index: str = ""
+    language: str | None = None
+    """The one to think in, where the row names it and it is asked for; else it is the question's."""
 
 
 def read_file(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
@@ -72,29 +75,34 @@ def problems_of(
     *,
     asks: str,
     shuffle_seed: int | None = None,
+    reads_language: bool = False,
 ) -> list[Problem]:
     """The problems in rows, each with its prompt: `{column}` in `template` is a column, `{options}` the options.
 
     `asks` says what a row has to hold: answer, options, tests or nothing. With `shuffle_seed` options are put in an
-    order of their own for each problem, which the seed and the problem's place decide. Raises ValueError naming a row
-    that lacks what is asked for.
+    order of their own for each problem, which the seed and the problem's place decide. `reads_language` takes a row's
+    `language`, where it has one. Raises ValueError naming a row that lacks what is asked for.
     """
     if not rows:
         raise ValueError("the benchmark has no rows; at least one problem is expected")
-    return [
+    found = [
         _problem(place, row, columns, template, asks, None if shuffle_seed is None else f"{shuffle_seed}/{number}")
         for number, (place, row) in enumerate(rows)
     ]
+    if not reads_language:
+        return found
+    languages = [_language(place, row) for place, row in rows]
+    return [replace(problem, language=language) for problem, language in zip(found, languages, strict=True)]
 
 
 def digest(problems: Sequence[Problem]) -> str:
     """A short digest of all that decides what is asked and how it is graded."""
-    return fingerprint(json.dumps(asdict(problem), sort_keys=True) for problem in problems)
+    return fingerprint(json.dumps(_plain(problem), sort_keys=True) for problem in problems)
 
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     """Keep the problems as they are asked, one JSON object a line."""
-    text = "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
+    text = "".join(json.dumps(_plain(problem), ensure_ascii=False) + "\n" for problem in problems)
     path.write_text(text, encoding="utf-8")
 
 
@@ -133,6 +141,22 @@ def _problem(
 
 def _shown(options: Sequence[str]) -> str:
     return "\n".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
+
+
+def _plain(problem: Problem) -> dict[str, Any]:
+    """A problem as plain values; a language only where there is one."""
+    values = asdict(problem)
+    if problem.language is None:
+        del values["language"]
+    return values
+
+
+def _language(place: str, row: Mapping[str, Any]) -> str | None:
+    language = row.get("language")
+    if language is not None and language not in LANGUAGES:
+        known = ", ".join(LANGUAGES)
+        raise ValueError(f"{place}: 'language' must be one of {known}, got {str(language)[:80]!r}")
+    return language
 
 
 def _text(place: str, row: Mapping[str, Any], name: str) -> str:

@@ -32,6 +32,9 @@ def check_benchmark(config: Config) -> Iterator[Fault]:
         yield _graded_elsewhere(config)
         return
     yield from _check_source(config)
+    if benchmark.readability and benchmark.grader is GraderName.none:
+        constraint = "is reported beside grades, and benchmark.grader=none gives none"
+        yield Fault("benchmark.readability", "true", constraint, "set it to false or choose a grader")
     if any(k < 1 for k in benchmark.pass_at):
         constraint = "every k must be at least 1"
         yield Fault("benchmark.pass_at", str(list(benchmark.pass_at)), constraint, "take the others out")

@@ -61,6 +61,9 @@ class BenchmarkConfig:
     """JSONL file of contests and their final standings, from which a rating is reckoned; see docs/evaluation.md."""
     attempts: int = 8
     """Samples of a problem handed in during one contest, one after the other until one is right (CodeElo: 8)."""
+    readability: bool = False
+    """Report besides the shares of responses that are well formed and readable, and the share of the thinking's words
+    that are in the language of the question, or of a row's `language`; see docs/evaluation.md."""
     plot: bool = True
     """Draw benchmark.png."""
     judge: str | None = None

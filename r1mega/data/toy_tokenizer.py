@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from r1mega.data.templates import R1_ZERO_ENDING, R1_ZERO_PREAMBLE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -25,17 +27,17 @@ VOCAB_MULTIPLE = 32
 MAX_LENGTH = 1024  # tokens the toy models are configured for
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, with ids in a fixed order: special tokens, fixed strings, tags, characters, reserved ids.
+def build_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """The tokenizer, with ids in a fixed order: special tokens, fixed strings, tags, `words`, characters, reserved ids.
 
     The vocabulary is filled with reserved tokens up to a multiple of 32, so that it divides under tensor parallelism
     and every id of the model can be decoded. `decode(encode(text)) == text` for any text of printable ASCII and
-    newlines; other characters become the unknown token.
+    newlines; other characters become the unknown token. Each of `words` is one token as well, whatever its characters.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    fixed = [R1_ZERO_PREAMBLE, R1_ZERO_ENDING, *TAGS]
+    fixed = [R1_ZERO_PREAMBLE, R1_ZERO_ENDING, *TAGS, *words]
     names = [PAD, BOS, EOS, UNKNOWN, *fixed, *CHARACTERS]
     names += [f"<reserved_{index}>" for index in range(-len(names) % VOCAB_MULTIPLE)]
     vocab = {name: token_id for token_id, name in enumerate(names)}

@@ -15,6 +15,7 @@ from pathlib import Path
 from r1mega.benchmark import graders, rating, report, show
 from r1mega.benchmark.estimates import cluster
 from r1mega.benchmark.graders import Sameness
+from r1mega.benchmark.readability import measures
 from r1mega.benchmark.samples import Graded, SampleFile
 from r1mega.config.schema import Config
 from r1mega.loop.sampling import Job, sample_all
@@ -141,7 +142,9 @@ def asked_of(run: EvaluationRun, file: SampleFile) -> list[report.Asked]:
             own = list(samples)
             has_votes = grader is not None and grader.answer is not None
             classes = cluster([sample.answer for sample in own], same) if has_votes else None
-            found.append(report.Asked(run.problems[place], own, classes))
+            problem = run.problems[place]
+            figures = [measures(problem, sample.text) for sample in own] if benchmark.readability else []
+            found.append(report.Asked(problem, own, classes, figures))
     return found
 
 

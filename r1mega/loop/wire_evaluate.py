@@ -121,6 +121,7 @@ def problems_of(config: Config) -> list[Problem]:
         benchmark.prompt,
         asks=grader.asks if grader is not None else "",
         shuffle_seed=config.run.seed if benchmark.shuffle_options else None,
+        reads_language=benchmark.readability,
     )
     return problems[: benchmark.limit]
 

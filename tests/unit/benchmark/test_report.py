@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console
@@ -114,3 +114,13 @@ def test_the_papers_figures() -> None:
     for figure in reference.figures():
         values.setdefault((figure.model, figure.benchmark, figure.metric), set()).add(figure.value)
     assert {key[:2] for key, several in values.items() if len(several) > 1} == known
+
+
+def test_further_measures_are_means_over_problems_with_an_interval() -> None:
+    first, second = asked()
+    of_first = [{"readable": value} for value in (1.0, 1.0, 0.0, 0.0)]
+    of_second = [{"readable": value} for value in (1.0, 0.0, 0.0, 0.0)]
+    found = report.build(SETTINGS, [replace(first, measures=of_first), replace(second, measures=of_second)])
+    entry = found["metrics"]["readable"]
+    assert entry["value"] == 0.375 and 0.25 <= entry["low"] <= entry["high"] <= 0.5
+    assert "readable" not in report.build(SETTINGS, asked())["metrics"]

@@ -75,3 +75,17 @@ def test_problems_are_kept_and_their_digest_tells_them_apart(tmp_path) -> None:
     assert digest(problems) != digest([one(row | {"question": "b"}, asks="tests")])
     with pytest.raises(ValueError, match="a list of tests"):
         one({"question": "q"}, asks="tests")
+
+
+def test_a_language_is_read_where_it_is_asked_for(tmp_path) -> None:
+    row = {"question": "q", "answer": "1", "language": "zh"}
+    rows = [("f:1", row), ("f:2", {"question": "q", "answer": "1"})]
+    plain = problems_of(rows, Columns(), "{question}", asks="answer")
+    assert [problem.language for problem in plain] == [None, None]
+    found = problems_of(rows, Columns(), "{question}", asks="answer", reads_language=True)
+    assert [problem.language for problem in found] == ["zh", None]
+    write_problems(tmp_path / "p.jsonl", found)
+    assert read_problems(tmp_path / "p.jsonl") == found
+    assert digest(found) != digest(plain)
+    with pytest.raises(ValueError, match="f:1: 'language' must be one of en, zh, .* got 'python'"):
+        problems_of([("f:1", row | {"language": "python"})], Columns(), "", asks="answer", reads_language=True)
