@@ -1,4 +1,4 @@
-"""Which rows an update of supervised fine-tuning learns from. Numbers alone: the rows are read where they are computed."""
+"""Which rows an update of supervised fine-tuning learns from, as numbers: they are read where they are computed."""
 
 from __future__ import annotations
 
@@ -135,25 +135,26 @@ class WindowSource:
         self._start, self._carried = start, [list(chunk) for chunk in carried]
         self._number += 1
         self._taken = 0
-        self._waiting = self._carried
-        self._ready = []
-        while not self._ready:
-            rows = [row for chunk in self._waiting for row in chunk]
-            places = iter(range(len(rows)))
-            open_chunks = [[next(places) for _ in chunk] for chunk in self._waiting]
-            rows += self._order.next(self._next_size())
-            ready, waiting = pack_window(
-                [int(self._lengths[row]) for row in rows],
-                max_tokens=self._max_tokens,
-                multiple=self._per_update,
-                carried=open_chunks,
-            )
-            if self._order.shuffle:
-                random.Random(f"{self._order.seed}/window {self._number}").shuffle(ready)
-            else:
-                ready.sort(key=min)
-            self._ready = [[rows[place] for place in chunk] for chunk in ready]
-            self._waiting = [[rows[place] for place in chunk] for chunk in waiting]
+        rows = [row for chunk in self._carried for row in chunk]
+        places = iter(range(len(rows)))
+        open_chunks = [[next(places) for _ in chunk] for chunk in self._carried]
+        lengths = [int(self._lengths[row]) for row in rows]
+        # More tokens than an update's chunks hold are more chunks than an update has.
+        tokens = sum(lengths)
+        while tokens <= self._per_update * self._max_tokens:
+            fresh = self._order.next(self._next_size())
+            fresh_lengths = [int(self._lengths[row]) for row in fresh]
+            rows, lengths, tokens = rows + fresh, lengths + fresh_lengths, tokens + sum(fresh_lengths)
+        ready, waiting = pack_window(
+            lengths, max_tokens=self._max_tokens, multiple=self._per_update, carried=open_chunks
+        )
+        assert ready
+        if self._order.shuffle:
+            random.Random(f"{self._order.seed}/window {self._number}").shuffle(ready)
+        else:
+            ready.sort(key=min)
+        self._ready = [[rows[place] for place in chunk] for chunk in ready]
+        self._waiting = [[rows[place] for place in chunk] for chunk in waiting]
 
     def _next_size(self) -> int:
         """Rows of the window that begins where the order stands: an epoch has windows of like size."""
