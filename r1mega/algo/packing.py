@@ -51,7 +51,7 @@ class Plan:
 def plan_batch(lengths: Sequence[int], *, dp: int, max_tokens: int, multiple_of_count: int = 1) -> Plan:
     """Cuts the samples of one update into micro-batches, as DeepSeek-R1's appendix B.1 describes it.
 
-    1. Sort by length. 2. Deal to the ranks (see `_deal`). 3. Best fit into chunks of at most `max_tokens` gives how
+    1. Sort by length. 2. Deal to the ranks (see `deal`). 3. Best fit into chunks of at most `max_tokens` gives how
     many chunks a rank needs. 4. All ranks get the largest such number, rounded up to `multiple_of_count`.
 
     Where a rank's samples, kept in order of length, can be cut into that many chunks, they are (see `_cut_in_order`):
@@ -77,7 +77,7 @@ def plan_batch(lengths: Sequence[int], *, dp: int, max_tokens: int, multiple_of_
         ValueError: no samples, a sample longer than `max_tokens`, or a count below 1.
     """
     _check(lengths, dp, max_tokens, multiple_of_count)
-    ranks = _deal(lengths, dp)
+    ranks = deal(lengths, dp)
     packed = [_best_fit(lengths, rank, max_tokens) for rank in ranks]
     needed = max(len(bins) for bins in packed)
     count = -(-needed // multiple_of_count) * multiple_of_count
@@ -158,7 +158,7 @@ def _check(lengths: Sequence[int], dp: int, max_tokens: int, multiple_of_count: 
             )
 
 
-def _deal(lengths: Sequence[int], dp: int) -> list[Chunk]:
+def deal(lengths: Sequence[int], dp: int) -> list[Chunk]:
     """Deals the samples, longest first, in blocks of `dp`: of each block, the lightest rank gets the longest.
 
     Let the ranks' loads rise, a_1 <= ... <= a_dp, and the block's lengths fall, b_1 >= ... >= b_dp. The new loads of

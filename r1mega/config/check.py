@@ -18,6 +18,7 @@ from r1mega.config.check_plan import PLAN_BOUNDS
 from r1mega.config.check_reward import REWARD_BOUNDS, check_rewards
 from r1mega.config.check_reward_model import REWARD_MODEL_BOUNDS, check_reward_models
 from r1mega.config.check_schedule import check_schedule
+from r1mega.config.check_sft import SFT_BOUNDS, check_sft_batch
 from r1mega.config.check_slurm import SLURM_BOUNDS, check_slurm
 from r1mega.config.check_stage import check_stage
 from r1mega.config.checkpoint_files import check_tokenizer, check_weights, is_megatron
@@ -94,10 +95,7 @@ BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("algo.correction_cap", ((">=", 0),)),
     ("algo.reference_refresh", ((">=", 0),)),
     ("algo.max_tokens_per_micro_batch", ((">=", 1),)),
-    ("sft.batch_size", ((">=", 1),)),
-    ("sft.updates", ((">=", 1),)),
-    ("sft.max_length", ((">=", 1),)),
-    ("sft.max_tokens_per_micro_batch", ((">=", 1),)),
+    *SFT_BOUNDS,
     ("optim.lr", ((">", 0),)),
     ("optim.min_lr", ((">=", 0),)),
     ("optim.warmup_updates", ((">=", 0),)),
@@ -320,9 +318,7 @@ def _check_batch(config: Config) -> Iterator[Fault]:
     if loop in (Loop.reject, Loop.evaluate, Loop.reward_model):
         return  # nothing is trained on, or counted in check_reward_model
     if loop is not Loop.rl:
-        if config.sft.batch_size < dp:
-            constraint = f"must be at least parallel.dp={dp}: each replica needs a sequence"
-            yield Fault("sft.batch_size", str(config.sft.batch_size), constraint, "raise sft.batch_size")
+        yield from check_sft_batch(config)
         return
     num_samples, parts = algo.samples_per_round, algo.updates_per_round
     shown = f"questions_per_round={algo.questions_per_round} x group_size={algo.group_size} = {num_samples} samples"

@@ -8,7 +8,7 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
-from r1mega.config.choices import Loop, Schedule
+from r1mega.config.choices import Loop, Packing, Schedule
 from r1mega.config.schema import Config
 
 # Whole sections, and fields of others. All else (layout, logs, checkpoints, evaluation ...) may change on resuming.
@@ -28,7 +28,7 @@ _FIELDS = {
 _INDIFFERENT = {
     *(f"{section}.max_tokens_per_micro_batch" for section in ("algo", "sft", "reward_model")),
     *(f"reward.judge_{name}" for name in ("url", "seconds", "attempts", "in_flight")),
-    "stage.name", "model.card", "model.base", "reward.max_failed_share", "reward.sandbox",
+    "stage.name", "model.card", "model.base", "reward.max_failed_share", "reward.sandbox", "sft.index_dir",
 }  # fmt: skip
 
 
@@ -46,6 +46,9 @@ def decisive(config: Config) -> dict[str, Any]:
     may_grow = {"sft.updates", "algo.updates"}
     if config.optim.schedule is not Schedule.constant:
         may_grow -= {f"{mine}.updates"}
+    indifferent = _INDIFFERENT
+    if config.sft.packing is Packing.window:  # whose chunks have that size
+        indifferent = _INDIFFERENT - {"sft.max_tokens_per_micro_batch"}
     values = {
         f"{section}.{name}": getattr(getattr(config, section), name)
         for section, names in (listed | _FIELDS).items()
@@ -54,7 +57,7 @@ def decisive(config: Config) -> dict[str, Any]:
     return {
         path: value.value if isinstance(value, Enum) else value
         for path, value in values.items()
-        if path not in may_grow | _INDIFFERENT
+        if path not in may_grow | indifferent
     }
 
 

@@ -37,6 +37,7 @@ from r1mega.config.schema_plan import PlanConfig
 from r1mega.config.schema_reward import RewardConfig
 from r1mega.config.schema_reward_model import RewardModelConfig
 from r1mega.config.schema_rollout import RolloutConfig, SglangConfig
+from r1mega.config.schema_sft import SftConfig
 from r1mega.config.schema_slurm import SlurmConfig
 
 
@@ -227,18 +228,6 @@ class AlgoConfig:
     def samples_per_round(self) -> int:
         """Sequences generated in one round."""
         return self.questions_per_round * self.group_size
-
-
-@dataclass
-class SftConfig:
-    batch_size: int = 128
-    """Sequences of one update (R1: 128)."""
-    updates: int = 100
-    """Optimizer steps of the whole run (ours)."""
-    max_length: int = 2048
-    """Longest prompt plus response accepted, in tokens (R1: 32,768; this default is ours)."""
-    max_tokens_per_micro_batch: int = 16384
-    """Tokens of one forward and backward pass (ours)."""
 
 
 @dataclass

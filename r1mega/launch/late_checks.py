@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from r1mega.config import checkpoint_files
 from r1mega.config.check import longest_response
@@ -14,11 +17,13 @@ from r1mega.config.schema import Config
 from r1mega.data.mixture import read_general
 from r1mega.data.preference import READERS, tokenize_preferences
 from r1mega.data.prompts import read_qa, tokenize_prompts
-from r1mega.data.sft import read_sft, tokenize_sft
 from r1mega.models import hf_fields
 from r1mega.models.hf_fields import HfFields, layer_of
 from r1mega.rollout.server import ROUTER_VERSION, SGLANG_VERSION
 from r1mega.types import DOMAIN_OF, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PYTHON_SECONDS = 60.0  # a Python on a cold network disk takes long
 
@@ -31,8 +36,7 @@ def check_tokens(config: Config) -> list[str]:
     fields = hf_fields.read(config.model.hf)
     data, template = config.data, str(config.data.template)
     if config.stage.loop is Loop.sft:
-        examples = tokenize_sft(read_sft(data.train), tokenizer, template, config.sft.max_length)
-        return check_vocabulary((example.token_ids for example in examples), fields)
+        return _check_supervised(config, tokenizer, fields)
     if config.stage.loop is Loop.reward_model:
         limit = config.reward_model.max_length
         read = READERS[str(data.format)]
@@ -51,6 +55,25 @@ def check_tokens(config: Config) -> list[str]:
         faults += check_positions(prompts, config, fields)
         faults += check_sandbox(any(prompt.tests for prompt in prompts), config)
     return faults + _check_judged(files[0], files[-1] if data.general is not None else (), config)
+
+
+def _check_supervised(config: Config, tokenizer: PreTrainedTokenizerBase, fields: HfFields) -> list[str]:
+    """Builds the index of the rows, or finds it. Where that fails no run directory is left that was not there."""
+    from r1mega.loop.wire_supervised import index_dir, open_rows
+
+    directory, run_dir = index_dir(config), Path(config.run.dir)
+    is_new = config.sft.index_dir is None and not run_dir.exists()
+    try:
+        faults = _check_vocabulary([[open_rows(config, tokenizer).max_token_id]], fields)
+    except ValueError as error:
+        faults = [str(error)]
+    except OSError as error:
+        faults = [f"sft.index_dir: got {directory}; must be a directory to write to ({error.strerror}); choose another"]
+    if faults and is_new and run_dir.exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        with suppress(OSError):  # somebody else has put something there
+            run_dir.rmdir()
+    return faults
 
 
 def _check_judged(train: Sequence[Prompt], general: Sequence[Prompt], config: Config) -> list[str]:

@@ -15,6 +15,8 @@ from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.data.jsonl import read_rows
 from r1mega.data.preference import READERS
+from r1mega.data.sft import iter_sft
+from r1mega.data.sft_index import is_indexed
 from r1mega.launch.check_card import card_fields, check_card
 from r1mega.launch.check_disk import check_disk
 from r1mega.launch.late_checks import check_sglang, check_tensors, check_tokens
@@ -26,7 +28,6 @@ from r1mega.parallel.layout import Layout
 # or raises a ValueError whose message is one.
 Check = Callable[[Config], Sequence[Fault | str]]
 LATE_CHECKS: tuple[Check, ...] = (check_tensors, check_tokens, check_sglang)
-SFT_KEYS = ("prompt", "response")
 
 
 def require(config: Config, late_checks: Sequence[Check] = LATE_CHECKS, *, also: Iterable[Fault] = ()) -> None:
@@ -67,22 +68,35 @@ def _check_rows(config: Config) -> list[str]:
     data = config.data
     if config.stage.loop is Loop.reward_model:
         return _check_preferences(config)
+    if data.format is DataFormat.sft:
+        return _check_supervised(config)
     qa_keys = (data.question_key, data.answer_key)
     if config.stage.loop is Loop.reject:
         qa_keys = qa_keys[:1]  # the domain says whether there is an answer: launch.rejection reads the rows
-    files = [("data.train", data.train, qa_keys if data.format is DataFormat.qa else SFT_KEYS)]
+    files = [("data.train", data.train, qa_keys)]
     if config.stage.loop is Loop.rl:
         files += [("data.eval", data.eval, qa_keys)] if data.eval is not None else []
         files += [("data.general", data.general, qa_keys[:1])] if data.general is not None else []
     faults = []
     for field, path, keys in files:
-        key_remedy = ", or set data.question_key, data.answer_key" if keys != SFT_KEYS else ""
         try:
             if path:
                 read_rows(path, keys)
         except (ValueError, OSError) as error:
-            faults.append(f"{field}: {error}; correct the file or {field}{key_remedy}")
+            faults.append(f"{field}: {error}; correct the file or {field}, or set data.question_key, data.answer_key")
     return faults
+
+
+def _check_supervised(config: Config) -> list[str]:
+    """Every row has its keys. An index of the file as it is says so too."""
+    path, known = config.data.train, config.sft.index_dir or f"{config.run.dir}/index"
+    try:
+        if path and not (Path(path).is_file() and is_indexed(path, known)):
+            for _ in iter_sft(path):
+                pass
+    except (ValueError, OSError) as error:
+        return [f"data.train: {error}; correct the file or data.train"]
+    return []
 
 
 def _check_preferences(config: Config) -> list[str]:

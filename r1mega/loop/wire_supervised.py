@@ -5,19 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
+from r1mega.config.choices import Packing, PastThinking
 from r1mega.config.schema import Config
+from r1mega.data.order import EpochOrder
 from r1mega.data.preference import READERS, PreferenceExample, PreferenceSource, tokenize_preferences
-from r1mega.data.sft import SftSource, read_sft, tokenize_sft
+from r1mega.data.sft_index import Reading, SftFile, open_file
+from r1mega.data.sft_source import BatchSource, WindowSource
 from r1mega.loop.checkpoints import restore
 from r1mega.loop.wire import Run, wired
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
 class SftRun(Run):
-    """What the SFT loop has besides."""
+    """What the SFT loop has besides: which rows come next, and the rows."""
 
-    examples: SftSource | None = None
+    examples: BatchSource | WindowSource | None = None
+    rows: SftFile | None = None
 
 
 @dataclass
@@ -38,12 +49,46 @@ class RewardModelRun(Run):
 def wire_sft(config: Config) -> Iterator[SftRun]:
     """The SFT loop's objects on this rank."""
     with wired(config, SftRun, total_updates=config.sft.updates) as run:
-        rows = read_sft(config.data.train)
-        examples = tokenize_sft(rows, run.tokenizer, str(config.data.template), config.sft.max_length)
-        run.examples = SftSource(examples, config.run.seed, config.data.shuffle)
+        # The launcher has built the index, but where it was told to check no files.
+        if run.groups.rank == 0:
+            run.rows = open_rows(config, run.tokenizer)
+        dist.barrier(group=run.groups.control)
+        if run.groups.rank != 0:
+            run.rows = open_rows(config, run.tokenizer, builds=False)
+        run.examples = source_of(config, run.rows)
         if run.is_resumed:
             restore(config, run.groups, run.policy, run.state, run.examples, ())
         yield run
+
+
+def open_rows(config: Config, tokenizer: PreTrainedTokenizerBase, *, builds: bool = True) -> SftFile:
+    """The rows of data.train, none longer than sft.max_length. Raises ValueError as data.sft_index.open_file, or for a
+    longer one."""
+    sft = config.sft
+    reading = Reading(tokenizer, str(config.data.template), sft.past_thinking is PastThinking.keep)
+    rows = open_file(config.data.train, index_dir(config), reading, builds=builds)
+    rows.require(sft.max_length)
+    return rows
+
+
+def index_dir(config: Config) -> Path:
+    """Where the index of data.train is kept."""
+    return Path(config.sft.index_dir or Path(config.run.dir) / "index")
+
+
+def source_of(config: Config, rows: SftFile) -> BatchSource | WindowSource:
+    """What says which rows each update learns from."""
+    sft, data = config.sft, config.data
+    order = EpochOrder(len(rows), config.run.seed, data.shuffle, rows.content)
+    if sft.packing is Packing.batch:
+        return BatchSource(order, sft.batch_size)
+    return WindowSource(
+        order,
+        rows.tokens,
+        window=sft.window,
+        max_tokens=sft.max_tokens_per_micro_batch,
+        chunks_per_update=sft.chunks_per_update,
+    )
 
 
 @contextmanager

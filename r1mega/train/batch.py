@@ -20,6 +20,9 @@ from r1mega.models.attention import PackedSequences
 class PackItem:
     """One sequence to train on or to score: `tokens` is prompt + response, the response its last `num_response`.
 
+    A conversation has several responses: `spans` are (begin, end) of each among the tokens, rising, and `num_response`
+    is the tokens of all. None: it is the last ones.
+
     `routed_experts` [tokens - 1, MoE layers of this rank's pipeline stage, top_k] are the experts that the tokens go
     to; the router chooses those of the last token, as nothing is predicted from it. None: the router chooses all.
     """
@@ -27,6 +30,16 @@ class PackItem:
     tokens: Sequence[int]
     num_response: int
     routed_experts: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    spans: tuple[tuple[int, int], ...] | None = None
+
+    def response_places(self) -> list[int]:
+        """Where among the tokens those of the response stand."""
+        size = len(self.tokens)
+        spans = ((size - self.num_response, size),) if self.spans is None else self.spans
+        return [place for begin, end in spans for place in range(begin, end)]
+
+
+ELSEWHERE = PackItem((), 0)  # in the place of a sequence that another data-parallel rank computes
 
 
 @dataclass
@@ -92,15 +105,16 @@ class _Laid:
 
     def add(self, at: int, sequence: PackItem, length: int) -> None:
         """One sequence, padded at its end to `length`."""
-        size, response, start = len(sequence.tokens), sequence.num_response, len(self.tokens)
-        assert 0 < response < size, "a response needs a token before it to be predicted from"
+        size, start, places = len(sequence.tokens), len(self.tokens), sequence.response_places()
+        assert places and places[0] > 0, "a response needs a token before it to be predicted from"
+        assert len(places) == sequence.num_response and places[-1] < size
         self.tokens.extend((*sequence.tokens, *[0] * (length - size)))
         self.positions.extend(range(length))
         self.holders.extend([at] * size + [-1] * (length - size))
         self.lengths.append(length)
-        self.rows.extend(range(start + size - response - 1, start + size - 1))
-        self.targets.extend(sequence.tokens[size - response :])
-        self.owners.extend([at] * response)
+        self.rows.extend(start + place - 1 for place in places)
+        self.targets.extend(sequence.tokens[place] for place in places)
+        self.owners.extend([at] * len(places))
         self.ends.append(start + size - 1)
 
     def pad(self, count: int) -> None:

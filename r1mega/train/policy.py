@@ -97,9 +97,13 @@ class MegatronPolicy:
 
     def plan(self, sequences: Sequence[PackItem], max_tokens: int) -> Plan:
         """Which sequences go into which micro-batch of which data-parallel part; see `algo.packing.plan_batch`."""
+        return self.plan_lengths([len(sequence.tokens) for sequence in sequences], max_tokens)
+
+    def plan_lengths(self, lengths: Sequence[int], max_tokens: int) -> Plan:
+        """`plan` of sequences of so many tokens."""
         layout = self.groups.layout
         return plan_batch(
-            [len(sequence.tokens) for sequence in sequences],
+            lengths,
             dp=layout.dp,
             max_tokens=max_tokens,
             multiple_of_count=layout.pp if layout.vpp > 1 else 1,  # Megatron's interleaved schedule asks for it
@@ -142,6 +146,8 @@ class MegatronPolicy:
         self, sequences: Sequence[PackItem], plan: Plan, loss: Loss, *, mtp_weight: float = 0.0
     ) -> dict[str, float]:
         """Accumulate the gradient of one update's loss; returns its reported sums over all micro-batches and ranks.
+
+        The tokens are looked at of those sequences alone that this rank's part of the plan names.
 
         `mtp_weight` times the summed cross-entropy of the multi-token-prediction layer joins the loss; 0 leaves that
         layer out of the computation.

@@ -214,9 +214,11 @@ def test_rl_goes_on_at_another_layout(rl_runs, checkpoint, files, whole_rl, tmp_
 
 
 def test_sft_goes_on_as_if_never_stopped(checkpoint, files, tmp_path):
-    """On four processes, with the multi-token-prediction layer trained along."""
+    """On four processes, with the multi-token-prediction layer trained along, packed in windows: the third update ends
+    in the middle of one."""
     source = checkpoint("deepseek_v3", mtp=True)
-    options = ["parallel=tp2_pp2_ep2", "model.mtp=train"]
+    options = ["parallel=tp2_pp2_ep2", "model.mtp=train", "sft.packing=window", "sft.window=32"]
+    options += ["sft.chunks_per_update=2", "sft.max_length=128", "sft.max_tokens_per_micro_batch=128"]
     run_dir = tmp_path / "run"
     overrides = [*sft(source, files, run_dir), *options]
     with ThreadPoolExecutor(1) as beside:
@@ -226,6 +228,7 @@ def test_sft_goes_on_as_if_never_stopped(checkpoint, files, tmp_path):
     assert expected.returncode == 0, expected.stderr
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(run_dir, tmp_path / "whole")
+    assert all(row["train/fill"] > 0.8 for row in metrics_of(run_dir))
     started = load_file(source / "model.safetensors")
     assert not torch.equal(
         weights_of(run_dir)["model.layers.4.eh_proj.weight"], started["model.layers.4.eh_proj.weight"]

@@ -51,7 +51,7 @@ def test_a_missing_file_and_a_binary_file_are_refused(tmp_path: Path) -> None:
         read_qa(tmp_path / "none.jsonl")
     path = tmp_path / "binary.jsonl"
     path.write_bytes(b'{"question": "\xff\xfe"}')
-    with pytest.raises(ValueError, match=r"binary.jsonl: not UTF-8"):
+    with pytest.raises(ValueError, match=r"binary.jsonl:1: not UTF-8"):
         read_qa(path)
 
 

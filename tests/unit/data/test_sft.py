@@ -1,13 +1,12 @@
-"""Supervised examples: the mask, the limit, the order."""
+"""Supervised examples: the mask, the limit."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from r1mega.data.sft import SftExample, SftRow, SftSource, read_sft, tokenize_sft
+from r1mega.data.sft import SftRow, iter_sft, tokenize_sft
 from r1mega.data.templates import prompt_ids
 from r1mega.data.toy_tokenizer import build_tokenizer
 
@@ -20,10 +19,10 @@ ROWS = [
 def test_rows_are_read_with_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "sft.jsonl"
     path.write_text('{"prompt": "1+1", "response": " 2"}\n', encoding="utf-8")
-    assert read_sft(path) == [SftRow(id=f"{path}:1", prompt="1+1", response=" 2")]
+    assert list(iter_sft(path)) == [SftRow(id=f"{path}:1", prompt="1+1", response=" 2")]
     path.write_text('{"prompt": "1+1", "answer": " 2"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"sft.jsonl:1: key 'response' is missing"):
-        read_sft(path)
+        list(iter_sft(path))
 
 
 def test_the_loss_falls_on_the_response_and_the_end_of_sequence() -> None:
@@ -49,18 +48,3 @@ def test_a_tokenizer_without_an_end_of_sequence_is_refused() -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         tokenize_sft(ROWS, tokenizer, "plain", max_tokens=64)
-
-
-def test_batches_are_shuffled_by_the_seed_and_resume_exactly() -> None:
-    examples = tokenize_sft(ROWS, TOKENIZER, "plain", max_tokens=64)
-    source = SftSource(examples, seed=5)
-    first = source.next(9)
-    assert first != examples
-    assert sorted(first, key=str) == sorted(examples, key=str)
-    source.next(4)
-    resumed = SftSource(examples, seed=5)
-    resumed.load_state_dict(json.loads(json.dumps(source.state_dict())))
-    assert resumed.next(12) == source.next(12)
-    assert resumed.epoch == 2
-    with pytest.raises(ValueError, match="content="):
-        SftSource([*examples[1:], SftExample((1,), (1,))], seed=5).load_state_dict(source.state_dict())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer
 
 from r1mega.data.prompts import read_qa
-from r1mega.data.sft import read_sft
+from r1mega.data.sft import iter_sft
 from r1mega.data.templates import prompt_ids
 from r1mega.data.toy import NO_WORK, Mixture, Problem, corpus, problems, work_steps, write_response
 from r1mega.data.toy_tokenizer import build_tokenizer
@@ -164,7 +164,7 @@ def test_no_problem_stands_in_two_files(written: tuple[Path, str]) -> None:
     out, _ = written
     train, held_out = read_qa(out / "train.jsonl"), read_qa(out / "eval.jsonl")
     questions = [prompt.question for prompt in (*train, *held_out)]
-    questions += [row.prompt for row in read_sft(out / "sft.jsonl")]
+    questions += [row.prompt for row in iter_sft(out / "sft.jsonl")]
     assert len({frozenset(question.split("+")) for question in questions}) == len(questions) == 300
     assert all(int(prompt.answer) == sum(map(int, prompt.question.split("+"))) for prompt in (*train, *held_out))
 
