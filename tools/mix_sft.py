@@ -4,8 +4,9 @@
         --limit reasoning=600000 --limit writing=200000 --benchmark aime.jsonl --benchmark math500.jsonl
 
 Rows whose prompt shares an n-gram with a benchmark are left out, and so are those with the words of an earlier one;
-then those over the limit of their source, or over its share of the whole. Writes --out, where each row's `provenance` names
-its source, and OUT.counts.json beside it; prints that as one JSON line. The same input and seed give the same bytes.
+then those over the limit of their source, or over its share of the whole. Writes --out, where each row's `provenance`
+names its source, and OUT.counts.json beside it; prints that as one JSON line. The same input and seed give the same
+bytes.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python tools/review_rows.py import --rows curated.jsonl --review review.csv --out reviewed.jsonl
 
 `export` writes a CSV (or JSONL) with the columns id, keep, prompt, response, edited_response, note. The annotator
-writes yes or no under keep, where it helps a better response under edited_response, and a note. `import` names every row that
-is missing, changed where it must not be, undecided or broken, and writes nothing then; else it writes the kept rows,
-with what was done in `provenance.review`, and prints the counts as one JSON line. With --special-tokens OPEN CLOSE they
+writes yes or no under keep, where it helps a better response under edited_response, and a note. `import` names every
+row that is missing, changed where it must not be, undecided or broken, and writes nothing then; else it writes the
+kept rows, with what was done in `provenance.review`, and prints the counts as one JSON line. With --special-tokens they
 are written in R1's cold-start pattern, OPEN<reasoning_process>CLOSE<summary>.
 """
 

@@ -93,7 +93,27 @@ BAD: list[tuple[list[str], list[str]]] = [
     ),
     (["cluster.nodes=0", "cluster.disk_gb_per_s=0"], ["cluster.nodes", "cluster.disk_gb_per_s"]),
     (["checkpoint.keep_best=2", "checkpoint.keep_newest=0"], ["checkpoint.keep_newest", "checkpoint.keep_best"]),
-    (["stage.loop=reject", "parallel.tp=3", "rollout.top_p=2"], ["stage.loop"]),
+    (
+        ["stage.loop=reject", "rollout.top_p=2", "curate.samples=0", "curate.min_language=2"],
+        ["rollout.top_p", "curate.samples", "curate.min_language"],
+    ),
+    (
+        ["stage.loop=reject", "curate.prompt=Why?", "curate.special_tokens=[a]", "curate.form=any"],
+        ["curate.prompt", "curate.special_tokens", "curate.form"],
+    ),
+    (
+        ["stage.loop=reject", "curate.examples=none.jsonl", "curate.benchmarks=[none.jsonl]"],
+        ["curate.examples", "curate.examples", "curate.benchmarks"],
+    ),
+    (["stage.loop=reject", "curate.prompt='{examples}{question}'"], ["curate.examples"]),
+    (
+        ["stage.loop=reject", "model.init=random", "reward.helpful=1", "reward.length=1", "rollout.max_staleness=1"],
+        ["model.init", "reward.helpful", "reward.length", "rollout.max_staleness"],
+    ),
+    (
+        ["stage.loop=reject", "curate.check_responses=true", "reward.judge=1"],
+        ["curate.check_responses", "reward.judge_url", "reward.judge_model"],
+    ),
 ]  # fmt: skip
 
 
@@ -229,7 +249,7 @@ def cpu_seconds() -> float:
     [
         (["parallel.tp=3", "algo.updates_per_round=7", "rollout.top_p=2"], ["parallel.tp", "algo.updates", "rollout"]),
         (["experiment=all_scenario_rl", "parallel.pp=7", "data.general=none.jsonl"], ["parallel.dp", "data.general"]),
-        (["experiment=rejection_sampling"], ["stage.loop"]),
+        (["experiment=rejection_sampling", "curate.samples=0"], ["curate.samples", "cluster.scheduler"]),
     ],
 )  # fmt: skip
 def test_on_the_command_line(inputs, tmp_path: Path, overrides: list[str], fields: list[str]) -> None:

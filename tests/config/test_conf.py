@@ -41,6 +41,7 @@ COMPANIONS = {
     ("parallel", "tp4_pp2"): [("model", "r1_distill_qwen_7b")],
     **{("parallel", f"tp8{rest}"): [("model", "qwen2_5_32b")] for rest in ("", "_dp2", "_pp2_dp2", "_pp2_dp4")},
     ("parallel", "tp8_pp4_dp2"): [("model", "r1_distill_llama_70b")],
+    **{("curate", name): [("stage", "rejection_sampling")] for name in options()["curate"] if "few_shot" not in name},
     ("reward", "all_scenario_rl"): [("algo", "r1_reasoning"), V3, GPU],
     **{("sglang", name): [V3, GPU, ("rollout", "sglang")] for name in ("r1_671b", "r1_671b_64gpu")},
     ("sglang", "tp8_turns"): [GPU, ("rollout", "sglang")],

@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 
 from r1mega.config import io
-from r1mega.config.choices import EXISTING_LOOPS, Loop
-from r1mega.config.faults import ConfigError
-from r1mega.config.registry import options
 from r1mega.config.schedule import has_preferences, max_tokens_at
-from r1mega.launch import preflight
 from r1mega.models import cards, hf_fields
 from r1mega.models.size import num_parameters
 from r1mega.parallel.layout import Layout
@@ -97,18 +93,6 @@ def test_the_layouts_of_the_671b_model_are_those_published(section) -> None:
         assert sum(layout.chunk_layers(61)) == 61
     wrong = Layout(pp=16, ep=64, dp=128)
     assert any("num_hidden_layers = 61" in text for text in wrong.problems(fields.shape()))
-
-
-def test_a_stage_whose_loop_does_not_exist_is_refused_with_that_reason_alone(experiment) -> None:
-    for name in options()["experiment"]:
-        config = experiment(name)
-        if config.stage.loop in EXISTING_LOOPS:
-            continue
-        with pytest.raises(ConfigError) as refused:
-            preflight.require(config)
-        (fault,) = refused.value.faults
-        assert fault.field == "stage.loop" and f"loop of stage {config.stage.name} does not exist yet" in str(fault)
-    assert {Loop.rl, Loop.sft} <= EXISTING_LOOPS
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from r1mega.curation.filters import FILTERS, Candidate, Limits, sieve
 
 SOUND = "<think>First we add the tens, then the ones.</think> It is 42."
 STRICT = Limits(
-    form="think", min_language=0.9, max_paragraph_words=12, code_blocks=False, max_repetition=0.2, min_thinking_words=3
-)
+    form="think", min_language=0.9, max_paragraph_words=12, code_blocks=False, max_repetition=0.2, min_thinking_words=3,
+    special_tokens=("|t|", "|t|"),
+)  # fmt: skip
 
 
 def candidate(response: str = SOUND, **values: object) -> Candidate:
@@ -41,6 +42,7 @@ def test_a_sound_response_passes_everything() -> None:
             candidate("<think>" + 3 * "yes it is. yes it is. yes it is. yes it is.\n\n" + "</think> 42"),
         ),
         ("short_thinking", candidate("<think>Easy one</think> It is 42.")),
+        ("special_token", candidate("<think>First |t| the tens.</think> It is 42.")),
     ],
 )
 def test_each_reason(reason: str, one: Candidate) -> None:
