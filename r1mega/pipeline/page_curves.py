@@ -40,7 +40,12 @@ def curves(stages: Sequence[Stage], num_seeds: int) -> Element:
     for index, (stage, main, others) in enumerate(shown):
         updates = [update for _, lines in main + others for line in lines for update in line.updates()]
         span = min(updates), max(updates)
-        section = el("section", el("h3", stage.name), el("p", stage.about, cls="about"), id=anchor("curves", index))
+        section = el(
+            "section",
+            el("h3", stage.name),
+            el("p", stage.about, cls="about") if stage.about else None,
+            id=anchor("curves", index),
+        )
         if main:
             section.append(
                 el("div", *(_drawn(panel, span, reaches[panel[0]], is_small=False) for panel in main), cls="panels")

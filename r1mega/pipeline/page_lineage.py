@@ -10,7 +10,7 @@ from r1mega.metrics.catalog import format_seconds
 from r1mega.pipeline.page_input import Artifact, Page, Work
 from r1mega.pipeline.page_layout import Layout, ancestors, layout
 from r1mega.pipeline.page_markup import Child, Element, details, el, table
-from r1mega.pipeline.page_text import anchor, counts, plural, shortened
+from r1mega.pipeline.page_text import anchor, breakable, counts, plural, shortened
 
 _BOX_W, _BOX_H, _GAP_X, _ROW = 182, 44, 42, 58
 _MARGIN = 10
@@ -165,7 +165,12 @@ def _table(page: Page) -> Element:
             el("code", one.path),
             el("code", one.sha256, cls="digest"),
         ]
-        row = el("tr", el("th", one.id, scope="row"), *(el("td", cell) for cell in cells), id=anchor("artifact", index))
+        row = el(
+            "tr",
+            el("th", breakable(one.id), scope="row"),
+            *(el("td", cell) for cell in cells),
+            id=anchor("artifact", index),
+        )
         rows.append(row)
     return table(["artifact", "kind", "made by", "made of", "counts", "path", "sha256"], rows, cls="artifacts")
 
@@ -183,5 +188,5 @@ def _works(works: Sequence[Work]) -> Element:
         if work.seconds is not None:
             seconds = el("data", format_seconds(work.seconds), value=repr(work.seconds), title=f"{work.seconds!r} s")
         cells = [work.about, seconds, counts(work.counts), config, el("code", work.key, cls="digest")]
-        rows.append(el("tr", el("th", work.name, scope="row"), *(el("td", cell) for cell in cells)))
+        rows.append(el("tr", el("th", breakable(work.name), scope="row"), *(el("td", cell) for cell in cells)))
     return table(["stage", "about", "time", "counts", "options", "key"], rows, cls="works")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from r1mega.pipeline.page_input import Sample, Stage
 from r1mega.pipeline.page_markup import Child, Element, details, el
-from r1mega.pipeline.page_text import Unit, figure, plural
+from r1mega.pipeline.page_text import Unit, breakable, figure, plural
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _REWARD = Unit(is_share=False, digits=2)
@@ -33,7 +33,7 @@ def _question(question: str, given: Sequence[tuple[str, Sample]]) -> Element:
     columns: dict[str, list[Sample]] = {}
     for name, sample in given:
         columns.setdefault(name, []).append(sample)
-    cells = [el("div", el("h4", name), *map(_answer, own), cls="answer") for name, own in columns.items()]
+    cells = [el("div", el("h4", breakable(name)), *map(_answer, own), cls="answer") for name, own in columns.items()]
     return el(
         "article",
         el("p", question, cls="question", dir="auto"),

@@ -135,8 +135,8 @@ def shortened(text: str, most: int) -> str:
     return text[: most - 1 - tail] + "…" + text[-tail:]
 
 
-def breakable(name: str, about: str) -> Element:
-    """A name that may be broken after its underscores, as the head of a narrow column."""
+def breakable(name: str, about: str | None = None) -> Element:
+    """A name that may be broken after its underscores, for a narrow column; `about` is said where it is pointed at."""
     first, *others = name.split("_")
     shown = el("span", first, title=about)
     for part in others:
