@@ -48,6 +48,15 @@ class Inputs:
         self.labels.write_text('{"prompt": "1+1?", "response": "2", "label": "safe"}\n')
         self.run = place / "run"
 
+    def score(self) -> Path:
+        """A reward model, for what asks one."""
+        path = self.model.parent / "score"
+        path.mkdir(exist_ok=True)
+        fields = {**MODEL, "architectures": ["DeepseekV3ForSequenceClassification"], "num_labels": 1}
+        (path / "config.json").write_text(json.dumps(fields))
+        save_file({"score.weight": np.ones((1, 32), dtype=np.float32)}, path / "model.safetensors")
+        return path
+
     def write_model(self, **changes: object) -> None:
         values = {key: value for key, value in {**MODEL, **changes}.items() if value != "absent"}
         (self.model / "config.json").write_text(json.dumps(values))

@@ -71,9 +71,12 @@ def faults_of(config: Config, inputs) -> list[str]:
     benchmark = replace(config.benchmark, data=str(inputs.qa))
     if config.stage.loop == "evaluate":
         benchmark = replace(benchmark, max_tokens=1024)  # the model at hand reads no more
+    data = replace(data, general=str(inputs.qa) if config.data.general else None)
+    models = {f"{name}_model" for name in ("helpful", "safety") if getattr(config.reward, f"{name}_model")}
+    reward = replace(config.reward, **{field: str(inputs.score()) for field in models})
     here = config.model.card is None and config.device.type is DeviceType.cpu
     # A cluster on its own says nothing about the layout that fills it: test_pairs.py puts them together.
-    sound = replace(config, data=data, model=model, run=run, sglang=sglang, benchmark=benchmark)
+    sound = replace(config, data=data, model=model, run=run, sglang=sglang, benchmark=benchmark, reward=reward)
     return preflight.find(sound, here=here)
 
 

@@ -11,7 +11,8 @@ from r1mega.config.registry import options
 from r1mega.plan import run
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "plan.md"
-SMALL = {"toy", "toy_base", "toy_sglang", "r1_zero_gsm8k"}  # for the machine that they run on
+# For the machine that they run on.
+SMALL = {"r1_zero_gsm8k", *(name for name in options()["experiment"] if name.split("_")[0] == "toy")}
 
 
 def documented() -> dict[str, list[str]]:
