@@ -64,7 +64,7 @@ def _check_supervised(config: Config, tokenizer: PreTrainedTokenizerBase, fields
     directory, run_dir = index_dir(config), Path(config.run.dir)
     is_new = config.sft.index_dir is None and not run_dir.exists()
     try:
-        faults = _check_vocabulary([[open_rows(config, tokenizer).max_token_id]], fields)
+        faults = check_vocabulary([[open_rows(config, tokenizer).max_token_id]], fields)
     except ValueError as error:
         faults = [str(error)]
     except OSError as error:

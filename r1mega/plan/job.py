@@ -14,6 +14,7 @@ from r1mega.config.choices import (
     KvCacheDtype,
     Loop,
     Mtp,
+    Packing,
     ParamDtype,
 )
 from r1mega.config.schedule import max_tokens_at, most_tokens
@@ -27,6 +28,7 @@ from r1mega.plan.rows import rows_of
 
 GIB = float(1 << 30)
 FILL = 0.9  # of micro-batches, on the mean (algo.packing; ours)
+WINDOW_FILL = 0.9998  # of chunks of a window of 4,096 (benchmarks/packing.py on the lengths of R1's 800k set)
 _GENERATED, _SUPERVISED = 0.3, 0.2  # mean of a response over the longest; see plan.mean_response_tokens
 _PAD = 1.15  # positions over tokens where rows of a pack of like lengths are padded to the longest (ours)
 
@@ -49,6 +51,7 @@ class Job:
     max_tokens: int
     trains: bool = True
     is_rl: bool = False
+    chunks_per_update: int = 0  # over all data-parallel parts, where that is what is given; 0: it follows
     updates_per_round: int = 1
     samples_per_question: int = 1
     mean_limit: float = 0.0
@@ -68,6 +71,8 @@ class Job:
 
     def micro_batches(self, layout: Layout) -> int:
         """Of an update on each data-parallel part; an interleaved pipeline takes a multiple of its stages."""
+        if self.chunks_per_update:
+            return math.ceil(self.chunks_per_update / layout.dp)
         count = max(1, math.ceil(self.tokens_per_update / layout.dp / (self.max_tokens * FILL)))
         return math.ceil(count / layout.pp) * layout.pp if layout.vpp > 1 else count
 
@@ -88,12 +93,19 @@ def job_of(config: Config) -> Job:
 
 
 def _sft(config: Config) -> Job:
-    sft = config.sft
+    """Chunks of a window hold as many sequences as fill them."""
+    sft, plan = config.sft, config.plan
+    prompt, response = plan.mean_prompt_tokens or 0.0, plan.mean_response_tokens or _SUPERVISED * sft.max_length
+    samples, chunks = sft.batch_size, 0
+    if sft.packing is Packing.window:
+        chunks = sft.chunks_per_update
+        samples = max(1, round(chunks * sft.max_tokens_per_micro_batch * WINDOW_FILL / (prompt + response)))
     return Job(
         updates=sft.updates,
-        samples_per_update=sft.batch_size,
-        mean_prompt=config.plan.mean_prompt_tokens or 0.0,
-        mean_response=config.plan.mean_response_tokens or _SUPERVISED * sft.max_length,
+        samples_per_update=samples,
+        chunks_per_update=chunks,
+        mean_prompt=prompt,
+        mean_response=response,
         longest=sft.max_length,
         longest_response=sft.max_length,
         max_tokens=sft.max_tokens_per_micro_batch,

@@ -6,11 +6,12 @@ import pytest
 
 from r1mega.config import io
 from r1mega.config.schedule import has_preferences, max_tokens_at
+from r1mega.config.schema_sft import SftConfig
 from r1mega.models import cards, hf_fields
 from r1mega.models.size import num_parameters
 from r1mega.parallel.layout import Layout
 
-SAMPLES = 804_745  # of the SFT set, Table 5
+SAMPLES, MEAN_TOKENS = 804_745, 5355.3  # of the SFT set, Table 5
 STAGES = (
     "cold_start_sft", "r1_zero", "reasoning_rl", "rejection_sampling", "sft_800k", "reward_model_helpful",
     "reward_model_safety", "all_scenario_rl",
@@ -33,12 +34,20 @@ def test_every_stage_has_an_experiment_of_the_whole_model(experiment) -> None:
     assert experiment("evaluate_r1").stage.name == "evaluate"
 
 
+def is_two_epochs(sft: SftConfig, of: int) -> bool:
+    """Whether the updates are two epochs in chunks at least 99.9% full, of about as many sequences as published."""
+    room = sft.chunks_per_update * sft.max_tokens_per_micro_batch
+    assert sft.packing == "window" and room / MEAN_TOKENS == pytest.approx(of, rel=0.05)
+    return 0.999 <= 2 * SAMPLES * MEAN_TOKENS / (sft.updates * room) <= 1
+
+
 def test_supervised_stages(experiment) -> None:
     for name in ("cold_start_sft", "sft_800k"):
         config = experiment(name)
         assert (config.optim.lr, config.optim.min_lr, config.optim.schedule) == (5e-5, 5e-6, "cosine")
         assert (config.sft.batch_size, config.sft.max_length) == (128, 32768)
-    assert experiment("sft_800k").sft.updates == 2 * SAMPLES // 128
+    assert is_two_epochs(experiment("sft_800k").sft, of=128)
+    assert experiment("cold_start_sft").sft.packing == "batch"  # whose lengths are not published
     for kind in ("helpful", "safety"):
         assert experiment(f"reward_model_{kind}").optim.lr == 6e-6
 
@@ -48,7 +57,8 @@ def test_distillation(experiment, name: str) -> None:
     config, (lr, parameters) = experiment(f"distill_{name}"), STUDENTS[name]
     assert (config.optim.lr, config.optim.schedule) == (lr, "cosine")
     assert config.optim.min_lr == pytest.approx(lr / 10)
-    assert (config.sft.batch_size, config.sft.max_length, config.sft.updates) == (64, 32768, 2 * SAMPLES // 64)
+    assert (config.sft.batch_size, config.sft.max_length) == (64, 32768)
+    assert is_two_epochs(config.sft, of=64)
     assert config.model.card == f"r1_distill_{name}"
     assert num_parameters(hf_fields.read(cards.folder(config.model.card))) == parameters
 

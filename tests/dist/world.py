@@ -32,10 +32,12 @@ import torch
 
 from r1mega.algo.aggregation import token_weights
 from r1mega.algo.policy_loss import policy_loss
+from r1mega.algo.window_packing import pack_window, plan_chunks
 from r1mega.models import hf_fields
 from r1mega.models.hf_config import ModelOptions
 from r1mega.models.hf_io import CheckpointReader, CheckpointWriter, RandomWeights
 from r1mega.models.router import SequenceRouter
+from r1mega.train import batch as batch_module
 from r1mega.train import routes
 from r1mega.train.batch import PackItem
 from r1mega.train.optimizer import AdamSettings
@@ -122,6 +124,36 @@ def grpo() -> None:
     weights_after = {name: tensor.clone() for name, tensor in policy.export_hf(wanted=world.rank == 0)}
     answer = {"report": report, "gradients": gradients, "norms": norms, "weights": weights_after}
     save(answer | {"micro_batches": plan.num_chunks})
+
+
+def isolation() -> None:
+    """Loss and gradients of conversations packed best fit, of each alone, and of packs whose parts see each other."""
+    policy.load(CheckpointReader(args.hf))
+    rng, items = random.Random(5), []
+    for _ in range(24):
+        size = rng.randint(6, 40)
+        begin = rng.randint(1, size - 4)
+        spans = ((begin, begin + 1), (rng.randint(begin + 2, size - 1), size))  # two answers, with a hole between
+        tokens = [rng.randrange(fields["vocab_size"]) for _ in range(size)]
+        items.append(PackItem(tokens, sum(end - start for start, end in spans), spans=spans))
+    lengths = [len(item.tokens) for item in items]
+    ready, waiting = pack_window(lengths, max_tokens=args.chunk_tokens, multiple=layout.dp)
+    packed = plan_chunks(lengths, [*ready, *waiting], dp=1, max_tokens=args.chunk_tokens)
+    alone = plan_chunks(lengths, [[place] for place in range(len(items))], dp=1, max_tokens=args.chunk_tokens)
+    num_tokens = sum(item.num_response for item in items)
+
+    def loss(logprobs_R, _entropy_R, _micro):
+        value = -logprobs_R.sum() / num_tokens
+        return value, {"loss": value.detach()}
+
+    def found(plan):
+        report = policy.forward_backward(items, plan, loss)
+        return report["loss"], {name: gradient.clone() for name, gradient in policy.gradients()}
+
+    answer = {"items": items, "chunks": packed.chunks[0], "packed": found(packed), "alone": found(alone)}
+    one_by_one = batch_module.PackedSequences.of
+    batch_module.PackedSequences.of = lambda lengths, *rest, **options: one_by_one([sum(lengths)], *rest, **options)
+    save(answer | {"mixed": found(packed)})
 
 
 def offload() -> None:
@@ -334,7 +366,7 @@ def recovery() -> None:
     assert world.rank > 0 or place.newest().version == 5
 
 
-RL = (mtp_alone, offload, grpo, own_choices, replay)
+RL = (mtp_alone, offload, grpo, isolation, own_choices, replay)
 WEIGHTS = (round_trip, random_weights, exchange, broadcast, spread, recovery)
 {case.__name__: case for case in (*RL, *WEIGHTS)}[args.case]()
 groups.shutdown()

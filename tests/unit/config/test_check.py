@@ -346,6 +346,16 @@ def test_all_faults_are_reported_together(good: Config) -> None:
             "raise sft.batch_size",
         ),
         (
+            {**SFT, "sft__packing": choices.Packing.window, "sft__chunks_per_update": 10, "parallel__dp": 4},
+            "sft.chunks_per_update: got 10; sft.packing=window needs a multiple of parallel.dp=4: each replica takes "
+            "alike many; use for example 8",
+        ),
+        (
+            {**SFT, "sft__packing": choices.Packing.window, "parallel__pp": 4, "parallel__vpp": 2, "parallel__dp": 2},
+            "sft.chunks_per_update: got 0; sft.packing=window needs a multiple of parallel.dp=2 x parallel.pp=4: an "
+            "interleaved pipeline takes whole rounds of it; use for example 8",
+        ),
+        (
             {"data__max_prompt_tokens": 100, "rollout__max_tokens": 50, "algo__max_tokens_per_micro_batch": 149},
             "rollout.max_tokens: got 50 after prompts of up to data.max_prompt_tokens=100; the longest sequence, 150 "
             "tokens, must fit algo.max_tokens_per_micro_batch=149; lower it or raise algo.max_tokens_per_micro_batch",

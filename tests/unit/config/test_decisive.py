@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from r1mega.config.choices import DataFormat, EngineKind, Init, Loop, ParamDtype, Schedule
+from r1mega.config.choices import DataFormat, EngineKind, Init, Loop, Packing, ParamDtype, Schedule
 from r1mega.config.decisive import decisive, digest
 from r1mega.config.schema import Config
 
@@ -30,6 +30,8 @@ def config() -> Config:
         ("algo.max_tokens_per_micro_batch", 5),
         ("algo.updates", 7),
         ("sft.updates", 7),
+        ("sft.index_dir", "elsewhere"),
+        ("sft.max_tokens_per_micro_batch", 5),
         ("stage.name", "r1_zero"),
         ("model.card", "qwen2_5_32b"),
     ],
@@ -65,6 +67,14 @@ def test_what_may_not(config: Config, path: str, value: object) -> None:
     setattr(getattr(config, section), name, value)
     assert digest(config) != before
     assert [key for key, now in decisive(config).items() if old[key] != now] == [path]
+
+
+def test_the_size_of_a_chunk_decides_what_an_update_is(config: Config) -> None:
+    config.sft.packing = Packing.window
+    before, old = digest(config), decisive(config)
+    config.sft.max_tokens_per_micro_batch += 1
+    assert digest(config) != before
+    assert [key for key, now in decisive(config).items() if old[key] != now] == ["sft.max_tokens_per_micro_batch"]
 
 
 def test_a_learning_rate_that_depends_on_the_length_fixes_it(config: Config) -> None:

@@ -42,7 +42,7 @@ def test_updates_hold_whole_epochs_and_resume_anywhere(lengths, window, per_upda
         assert len(update.chunks) == per_update
         assert sorted(place for chunk in update.chunks for place in chunk) == list(range(len(update.rows)))
         assert all(0 < sum(lengths[update.rows[i]] for i in chunk) <= MAX_TOKENS for chunk in update.chunks)
-    # What was taken, what is ready and what waits are whole epochs and the beginning of one: nothing lost, nothing twice.
+    # What was taken, is ready and waits are whole epochs and the beginning of one: nothing lost, nothing twice.
     ready = source._ready[source._taken * per_update :] + source._waiting
     drawn = Counter(row for update in updates for row in update.rows) + Counter(row for c in ready for row in c)
     assert len(drawn) == len(lengths) or source.epoch == 0

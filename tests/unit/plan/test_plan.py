@@ -141,6 +141,16 @@ def test_a_table_for_people_of_engines_alone(planned):
     assert code == 2 and "trains nothing" in err
 
 
+def test_an_update_of_full_chunks(plan_of):
+    """R1's set once more than once: two epochs of 4.31 billion tokens (Table 5), in chunks of 32,768."""
+    document = plan_of("experiment=sft_800k")[1]
+    assert document["samples_per_update"] == 122  # 20 x 32,768 / 5,355
+    assert document["tokens_per_update"] == 122 * 5355
+    assert document["micro_batches"] == 10  # of 20 on two data-parallel parts
+    assert document["updates"] * document["tokens_per_update"] == pytest.approx(2 * 804_745 * 5355.3, rel=0.005)
+    assert plan_of("experiment=distill_qwen_7b")[1]["micro_batches"] == 10
+
+
 def test_the_rows_of_a_reward_model(plan_of, tmp_path):
     """A pair is two sequences; the file goes before plan.rows, and the last update takes what is left."""
     arguments = ["experiment=reward_model_helpful"]
