@@ -41,7 +41,11 @@ def metrics_of(run_dir):
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("deepseek_v3", "tp2_pp2_ep2"), ("qwen2", "single"), ("llama", "single")],
+    [
+        ("deepseek_v3", "tp2_pp2_ep2"),
+        ("llama", "single"),
+        pytest.param("qwen2", "single", marks=pytest.mark.extended),
+    ],
 )
 def test_two_rounds_of_rl(checkpoint, questions, tmp_path, family, layout):
     source, run_dir = checkpoint(family), tmp_path / "run"
