@@ -24,8 +24,8 @@ MATHS = Question(Prompt("f:1", "2+2?", "4", token_ids=(1,)), "2+2?")
 LOGIC = Question(Prompt("f:2", "Who lies?", "Ada", token_ids=(2,), domain="logic"), "Who lies?")
 HELLO = Question(Prompt("f:3", "hello", "", domain="general"), "hello", given="Hello!", left_out="trivial")
 SAID = {
-    (1, 0): "a sum</think> $4$ stop and more",
-    (1, 1): "a sum</think> $5$ stop",
+    (1, 0): "a sum</think> \\boxed{4} stop and more",
+    (1, 1): "a sum</think> \\boxed{5} stop",
     (2, 0): "he says so</think> It is Ada. stop",
     (2, 1): "he says so</think> It is Bob.",
 }
@@ -100,7 +100,7 @@ def go(run: RejectionRun) -> tuple[list[dict], dict]:
 def test_rules_and_the_judge_decide_each_in_their_domains(run: RejectionRun) -> None:
     rows, report = go(run)
     assert [row["response"] for row in rows] == [
-        "<think>a sum</think> $4$", "<think>he says so</think> It is Ada.", "Hello!",
+        "<think>a sum</think> \\boxed{4}", "<think>he says so</think> It is Ada.", "Hello!",
     ]  # fmt: skip
     assert run.judge.asked == ["f:2", "f:2"]
     assert rows[1]["provenance"]["reward"]["judge"] == 1.0 and "judge" not in rows[0]["provenance"]["reward"]
@@ -134,7 +134,7 @@ def test_failures_within_the_share_are_counted(run: RejectionRun) -> None:
 def test_the_pattern_of_the_cold_start(run: RejectionRun) -> None:
     run.config.curate.special_tokens = ["|special_token|", "|special_token|"]
     rows, _ = go(run)
-    assert rows[0]["response"] == "|special_token|a sum|special_token|$4$"
+    assert rows[0]["response"] == "|special_token|a sum|special_token|\\boxed{4}"
     assert rows[2]["response"] == "Hello!"  # nothing to think about
 
 
