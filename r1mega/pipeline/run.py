@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from r1mega.config.check_pipeline import check_pipeline, order
@@ -39,7 +40,8 @@ def run(config: Config, asked: Asked) -> int:
     """
     require(config, asked)
     pipeline, root = config.pipeline, Path(config.run.dir).absolute()
-    walks = [_stages(config, place, asked.compose) for place in places(config)]
+    compose = cache(asked.compose)  # most of a second each, and evaluations of several models are composed alike
+    walks = [_stages(config, place, lambda overrides: compose(tuple(overrides))) for place in places(config)]
     first = walks[0]
     if pipeline.plan:
         from r1mega.pipeline import plans
