@@ -12,6 +12,7 @@ from r1mega.config.check_pipeline import check_pipeline, order
 from r1mega.config.choices import StageRun
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
+from r1mega.loop.stop import STOPPED
 from r1mega.pipeline import faults, judge, lineage, lock, report
 from r1mega.pipeline.child import Signals
 from r1mega.pipeline.digest import Digests
@@ -83,7 +84,11 @@ def _run(config: Config, all_stages: Sequence[dict[str, Stage]], locks: Sequence
             if code:
                 break
     if any(walk.done for walk in walks):
-        print(f"wrote {report.write(root, pipeline, walks)}")
+        print(f"wrote {report.write(root, pipeline, walks)}", flush=True)
+    if code == STOPPED and pipeline.only is not None:
+        from r1mega.pipeline import chain
+
+        chain.conclude(all_stages[0][pipeline.only], code)
     return code
 
 
