@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +20,7 @@ from r1mega.pipeline.runner import Walk
 from r1mega.pipeline.stage import Compose, Place, Stage, stages_of
 from r1mega.pipeline.table import Display
 
+LOCKS = "locks"  # of stages that run alone
 # What may be overridden besides the pipeline itself; all else is a matter of its stages.
 _OWN = ("pipeline", "run.dir", "run.seed")
 
@@ -63,7 +64,7 @@ def run(config: Config, asked: Asked) -> int:
         # Stages alone, as jobs run them, run beside each other; a whole pipeline has its directory to itself.
         held = [stack.enter_context(lock.held(root, shared=pipeline.only is not None))]
         if pipeline.only is not None:
-            held.append(stack.enter_context(lock.held(root / "locks" / pipeline.only)))
+            held.append(stack.enter_context(lock.held(root / LOCKS / pipeline.only)))
         return _run(config, walks, held)
 
 
@@ -104,12 +105,19 @@ def _status(config: Config, all_stages: Sequence[dict[str, Stage]]) -> int:
     """Print what each stage needs; reads artifacts that have changed since they were last looked at."""
     digests, display = Digests(Path(config.run.dir).absolute()), Display()
     for stages in all_stages:
-        walk = Walk(stages, config.pipeline, digests, Signals())
+        walk = Walk(stages, config.pipeline, digests, Signals(), elsewhere=_running(config, stages))
         walk.look()
         if len(all_stages) > 1:
             print(f"seed {next(iter(stages.values())).place.seed}")
         display.status(walk)
     return 0
+
+
+def _running(config: Config, names: Iterable[str]) -> set[str]:
+    """Stages that a pipeline, or a job of theirs, has hold of."""
+    root = Path(config.run.dir).absolute()
+    whole = lock.is_held(root)
+    return {name for name in names if whole or lock.is_held(root / LOCKS / name)}
 
 
 def require(config: Config, asked: Asked) -> None:
