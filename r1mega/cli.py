@@ -182,6 +182,10 @@ def _for_each_composed(command: str, arguments: Sequence[str], action: Callable[
 
     from r1mega.config.registry import conf_dir
 
+    foreign = [argument for argument in arguments if argument.lstrip("+~").startswith(("pipeline=", "pipeline."))]
+    if foreign and command != "pipeline":
+        print(f"r1mega {command}: got {foreign[0]}; r1mega pipeline alone reads it; leave it out", file=sys.stderr)
+        return USAGE_ERROR
     register_schema()
     codes: list[int] = []
 

@@ -22,6 +22,7 @@ from r1mega.config.choices import EXISTING_LOOPS, Loop, Scheduler, StageRun
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.launch import preflight, rundir, slurm, submit
+from r1mega.loop.stop import STOPPED
 from r1mega.pipeline import judge
 from r1mega.pipeline.child import Signals
 from r1mega.pipeline.digest import Digests
@@ -194,3 +195,17 @@ def _servers(config: Config) -> list[str]:
     hosts = ",".join(sglang.hosts)
     words = ["cluster.scheduler=local", f"sglang.hosts=[{hosts}]", assign("sglang.remote", sglang.remote or "")]
     return [*words, assign("sglang.weights_dir", sglang.weights_dir or "")]
+
+
+def conclude(stage: Stage, code: int) -> None:
+    """Queue the job again that its time limit has ended, where nobody else does: a training's own controller does."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if code != STOPPED or job is None:
+        return
+    config = _job_config(stage)
+    is_training = stage.spec.run is StageRun.train and config.stage.loop not in _ENGINES_ALONE
+    if is_training or config.cluster.scheduler is not Scheduler.slurm:
+        return
+    refused = slurm.requeue(job) if config.slurm.requeue else "slurm.requeue=false"
+    told = "the job is queued again" if refused is None else f"the job is not queued again: {refused}"
+    print(f"r1mega: stage {stage.name} was asked to stop; {told}", file=sys.stderr, flush=True)

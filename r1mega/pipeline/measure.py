@@ -23,12 +23,11 @@ _OF_THE_MACHINE = ("time/", "perf/", "memory/")
 
 def metrics_of(stage: Stage) -> dict[str, float]:
     """Name -> value: of a training the last value of each metric, of an evaluation pass_at_1, pass_at_K, cons_at_K,
-    response_tokens, cut_off and no_answer, of a tool the numbers in its reports (those under `metrics`, else all)."""
-    if stage.spec.run is StageRun.train:
-        return {name: points[-1][1] for name, points in history_of(stage).items()}
+    response_tokens, cut_off and no_answer; else the numbers in outputs of kind `report` (those under `metrics`, or all
+    of the top level)."""
     if stage.spec.run is StageRun.evaluate:
         return _of_evaluation(read_json(stage.dir / "report.json") or {})
-    found: dict[str, float] = {}
+    found = {name: points[-1][1] for name, points in history_of(stage).items()}
     for name, output in outputs_of(stage.spec).items():
         if output.kind is ArtifactKind.report:
             said = read_json(stage.output(name))
@@ -54,12 +53,12 @@ def history_of(stage: Stage) -> dict[str, list[list[float]]]:
 
 
 def samples_of(stage: Stage) -> list[dict[str, Any]]:
-    """Some samples: the last ones on held-out questions, or else of training; the first problems of an evaluation; the
-    first rows of a tool's outputs of kind `samples`."""
+    """Some samples: the first problems of an evaluation; the first rows of outputs of kind `samples`; else the last
+    ones of a training, on held-out questions where there are any."""
     if stage.spec.run is StageRun.evaluate:
         return _of_problems(stage.dir)
-    paths = [stage.dir / "samples.jsonl"] if stage.spec.run is StageRun.train else []
-    paths += [stage.output(name) for name, one in outputs_of(stage.spec).items() if one.kind is ArtifactKind.samples]
+    paths = [stage.output(name) for name, one in outputs_of(stage.spec).items() if one.kind is ArtifactKind.samples]
+    paths += [stage.dir / "samples.jsonl"] if stage.spec.run is StageRun.train else []
     for path in paths:
         if path.is_file() and path.suffix == ".jsonl" and (found := _of_file(path)):
             return found

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from r1mega.config.check_pipeline import check_pipeline, order
 from r1mega.config.choices import StageRun
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
+from r1mega.loop.stop import STOPPED
 from r1mega.pipeline import faults, judge, lineage, lock, report
 from r1mega.pipeline.child import Signals
 from r1mega.pipeline.digest import Digests
@@ -18,6 +20,7 @@ from r1mega.pipeline.runner import Walk
 from r1mega.pipeline.stage import Compose, Place, Stage, stages_of
 from r1mega.pipeline.table import Display
 
+LOCKS = "locks"  # of stages that run alone
 # What may be overridden besides the pipeline itself; all else is a matter of its stages.
 _OWN = ("pipeline", "run.dir", "run.seed")
 
@@ -39,7 +42,8 @@ def run(config: Config, asked: Asked) -> int:
     """
     require(config, asked)
     pipeline, root = config.pipeline, Path(config.run.dir).absolute()
-    walks = [_stages(config, place, asked.compose) for place in places(config)]
+    compose = cache(asked.compose)  # most of a second each, and evaluations of several models are composed alike
+    walks = [_stages(config, place, lambda overrides: compose(tuple(overrides))) for place in places(config)]
     first = walks[0]
     if pipeline.plan:
         from r1mega.pipeline import plans
@@ -60,7 +64,7 @@ def run(config: Config, asked: Asked) -> int:
         # Stages alone, as jobs run them, run beside each other; a whole pipeline has its directory to itself.
         held = [stack.enter_context(lock.held(root, shared=pipeline.only is not None))]
         if pipeline.only is not None:
-            held.append(stack.enter_context(lock.held(root / "locks" / pipeline.only)))
+            held.append(stack.enter_context(lock.held(root / LOCKS / pipeline.only)))
         return _run(config, walks, held)
 
 
@@ -81,7 +85,11 @@ def _run(config: Config, all_stages: Sequence[dict[str, Stage]], locks: Sequence
             if code:
                 break
     if any(walk.done for walk in walks):
-        print(f"wrote {report.write(root, pipeline, walks)}")
+        print(f"wrote {report.write(root, pipeline, walks)}", flush=True)
+    if code == STOPPED and pipeline.only is not None:
+        from r1mega.pipeline import chain
+
+        chain.conclude(all_stages[0][pipeline.only], code)
     return code
 
 
@@ -97,12 +105,19 @@ def _status(config: Config, all_stages: Sequence[dict[str, Stage]]) -> int:
     """Print what each stage needs; reads artifacts that have changed since they were last looked at."""
     digests, display = Digests(Path(config.run.dir).absolute()), Display()
     for stages in all_stages:
-        walk = Walk(stages, config.pipeline, digests, Signals())
+        walk = Walk(stages, config.pipeline, digests, Signals(), elsewhere=_running(config, stages))
         walk.look()
         if len(all_stages) > 1:
             print(f"seed {next(iter(stages.values())).place.seed}")
         display.status(walk)
     return 0
+
+
+def _running(config: Config, names: Iterable[str]) -> set[str]:
+    """Stages that a pipeline, or a job of theirs, has hold of."""
+    root = Path(config.run.dir).absolute()
+    whole = lock.is_held(root)
+    return {name for name in names if whole or lock.is_held(root / LOCKS / name)}
 
 
 def require(config: Config, asked: Asked) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Walk:
     Args:
         command: what runs a stage (whether it goes on -> its words); None: as a stage says itself.
         keep_open: descriptors that the stages' leashes keep open.
+        elsewhere: stages that another process may be running at this moment.
     """
 
     stages: Mapping[str, Stage]
@@ -41,6 +42,7 @@ class Walk:
     shows: Callable[[Walk], None] = lambda _walk: None
     command: Callable[[Stage, bool], Sequence[str]] = lambda stage, resume: stage.command(resume=resume)
     keep_open: Sequence[int] = ()
+    elsewhere: Container[str] = ()
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     done: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     running: str | None = None

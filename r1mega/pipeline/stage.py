@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,8 @@ FILE_FIELDS = (
     "model.hf", "model.tokenizer", "data.train", "data.eval", "data.general", "reward.helpful_model",
     "reward.safety_model", "benchmark.data", "benchmark.standings", "run.resume_from",
 )  # fmt: skip
-_INPUT = "pipeline-input"
+# Stand for the paths of inputs and for the stage's directory where nothing may depend on them.
+_INPUT, _STAGE = "pipeline-input", "pipeline-stage"
 PLAIN = re.compile(r"[\w./:@%-]+")  # needs no quotes on Hydra's command line
 
 
@@ -120,16 +121,16 @@ class Stage:
         return Path(name).absolute() if "/" in name else conf_dir().parent / "tools" / name
 
     def config(self) -> Config:
-        """Its run as it will be started, composed anew."""
-        return self.compose([*self._stage_first(), *self.overrides(), assign("run.dir", str(self.dir))])
+        """Its run as it will be started: the general one with every path in its place. Raises ConfigError."""
+        places = {f"{_INPUT}/{name}/": f"{path}" for name, path in self.paths.items()}
+        return _replaced(self.general_config, places | {_STAGE: str(self.dir)})
 
     @cached_property
     def general_config(self) -> Config:
         """Its run with nothing in it that depends on where files lie. Raises ConfigError."""
-        paths = {name: Path(_INPUT) / name for name in self.paths}
-        fields = [assign(key, str(path)) for key, path in paths.items() if "." in key]
-        texts = self._texts(paths, Path("pipeline-stage"))
-        return self.compose([*self._stage_first(), *texts, *fields, "run.dir=pipeline-stage"])
+        paths = {name: f"{_INPUT}/{name}/" for name in self.paths}
+        fields = [f"{key}={path}" for key, path in paths.items() if "." in key]
+        return self.compose([*self._stage_first(), *self._texts(paths, Path(_STAGE)), *fields, f"run.dir={_STAGE}"])
 
     @cached_property
     def config_digest(self) -> str:
@@ -156,7 +157,7 @@ class Stage:
     def _stage_first(self) -> list[str]:
         return ["stage=evaluate"] if self.spec.run is StageRun.evaluate else []
 
-    def _texts(self, paths: Mapping[str, Path], directory: Path) -> list[str]:
+    def _texts(self, paths: Mapping[str, object], directory: Path) -> list[str]:
         """Overrides without those of inputs that are fields."""
         values = {**paths, **self._outputs(directory), "seed": self.place.seed, "dir": directory}
         chosen = [f"experiment={self.spec.experiment}"] if self.spec.experiment else []
@@ -190,6 +191,21 @@ def assign(field: str, value: str) -> str:
     """The override that sets a field to this text, whatever letters are in it."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"{field}={value}" if PLAIN.fullmatch(value) else f"{field}='{escaped}'"
+
+
+def _replaced(values: Any, places: Mapping[str, str]) -> Any:
+    """A copy of dataclasses, lists and dictionaries, with these texts replaced inside every text."""
+    if is_dataclass(values):
+        changed = {one.name: _replaced(getattr(values, one.name), places) for one in fields(values)}
+        return replace(values, **changed)
+    if isinstance(values, list):
+        return [_replaced(value, places) for value in values]
+    if isinstance(values, dict):
+        return {key: _replaced(value, places) for key, value in values.items()}
+    if type(values) is str:
+        for text, place in places.items():
+            values = values.replace(text, place)
+    return values
 
 
 def _filled(text: str, values: Mapping[str, object]) -> str:

@@ -13,6 +13,7 @@ from rich.box import ASCII, ROUNDED
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from r1mega.metrics.catalog import format_seconds
 from r1mega.pipeline.judge import Need
@@ -78,9 +79,8 @@ def table(walk: Walk, *, ascii_only: bool = False) -> Table:
         style = "cyan" if walk.running == name else "red" if walk.failed == name else ""
         style = style or (_STYLES.get(verdict.need, "") if verdict else "")
         runs = stage.spec.experiment or stage.spec.tool or ""
-        made.add_row(
-            name, f"{stage.spec.run} {runs}".strip(), f"[{style}]{state}[/]" if style else state, seconds, what
-        )
+        shown = Text(state, style=style)
+        made.add_row(name, Text(f"{stage.spec.run} {runs}".strip()), shown, seconds, Text(what))
     return made
 
 
@@ -93,6 +93,8 @@ def _state(walk: Walk, name: str) -> tuple[str, str, str]:
         return "failed", "", "see its log"
     if verdict is None:
         return "", "", stage.spec.about
+    if name in walk.elsewhere and verdict.manifest is not None and verdict.manifest["status"] == "running":
+        return "running", "", _progress(stage)
     if verdict.need is Need.nothing and verdict.manifest is not None:
         counts = ", ".join(f"{key} {value:,}" for key, value in verdict.manifest["counts"].items())
         return str(verdict.need), format_seconds(verdict.manifest["seconds"]), counts
