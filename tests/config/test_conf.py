@@ -64,7 +64,8 @@ def faults_of(config: Config, inputs) -> list[str]:
     What needs GPUs, or a published model, is checked as for another machine.
     """
     train = getattr(inputs, str(config.data.format))
-    data = replace(config.data, train=str(train), eval=str(inputs.qa) if config.data.eval else None)
+    held_out = train if config.stage.loop == "reward_model" else inputs.qa
+    data = replace(config.data, train=str(train), eval=str(held_out) if config.data.eval else None)
     model = replace(config.model, hf=str(inputs.model))
     run, sglang = replace(config.run, dir=str(inputs.run)), replace(config.sglang, python=sys.executable)
     benchmark = replace(config.benchmark, data=str(inputs.qa))
