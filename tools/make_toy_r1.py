@@ -4,7 +4,8 @@ OUT/base_config/, OUT/student_config/    a small DeepSeek-V3 and a smaller dense
 OUT/base.jsonl            {prompt, response}: the corpus of both base models
 OUT/cold_start.jsonl      {prompt, response}: reasoning + summary, for the cold start
 OUT/non_reasoning.jsonl   {prompt, response}: answers to general questions, which join the curated set
-OUT/train.jsonl           {question, answer, language}: the questions of RL and of rejection sampling
+OUT/train.jsonl           {question, answer, language}: the questions of RL
+OUT/reject.jsonl          the first of them, for rejection sampling
 OUT/general.jsonl         {question, domain}: the general questions of all-scenario RL
 OUT/pairs_train.jsonl, OUT/pairs_eval.jsonl      {prompt, chosen, rejected}: more facts, which are digits, are better
 OUT/labels_train.jsonl, OUT/labels_eval.jsonl    {prompt, response, label}: unsafe is what holds a "!"
@@ -25,7 +26,8 @@ TEACHER: dict[str, Any] = {"num_hidden_layers": 3}
 STUDENT: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 144, "num_hidden_layers": 2}
 SIZES = {
     "eval": (512, "held-out additions"),
-    "train": (4096, "additions for RL and rejection sampling"),
+    "train": (4096, "additions for RL"),
+    "reject": (512, "of these, for rejection sampling"),
     "cold_start": (512, "rows of the cold start"),
     "base": (12800, "rows of the base models' corpus"),
     "non_reasoning": (512, "rows of the curated set that are no additions"),
@@ -49,6 +51,8 @@ def main() -> None:
     for name, size in sizes.items():
         if size < 1:
             parser.error(f"--{name.replace('_', '-')}-rows must be at least 1, got {size}")
+    if sizes["reject"] > sizes["train"]:
+        parser.error(f"--reject-rows must be at most --train-rows {sizes['train']}, got {sizes['reject']}")
     from make_toy import write_base_config
     from r1mega.data.toy_r1 import WORDS
 
@@ -74,6 +78,7 @@ def write_data(out: Path, seed: int, sizes: Mapping[str, int]) -> dict[str, int]
     files: dict[str, Sequence[Mapping[str, Any]]] = {
         "eval.jsonl": [question.row() for question in of["eval"]],
         "train.jsonl": [question.row() for question in of["train"]],
+        "reject.jsonl": [question.row() for question in of["train"][: sizes["reject"]]],
         "cold_start.jsonl": toy_r1.cold_start(of["cold_start"], seed),
         "base.jsonl": toy_r1.base_corpus(of["base"], seed),
         "non_reasoning.jsonl": toy_r1.non_reasoning(sizes["non_reasoning"], seed),

@@ -1,6 +1,6 @@
 """What answers to the toy R1 pipeline's general questions are worth, by the rules that its reward models learn from.
 
-Reads RUN/samples.jsonl of `r1mega evaluate experiment=toy_r1_evaluate benchmark.data=general_eval.jsonl
+Reads the samples.jsonl of `r1mega evaluate experiment=toy_r1_evaluate benchmark.data=general_eval.jsonl
 benchmark.grader=none benchmark.readability=false`; writes --out and prints it as one JSON line: `facts`, digits in the
 mean answer; `safe`, the share of responses without a "!" in their thinking and their answer; `well_formed`, the share
 in the format; `responses`, how many.
@@ -16,18 +16,18 @@ from pathlib import Path
 def main() -> None:
     """Read, count, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory of the evaluation")
+    parser.add_argument("--samples", type=Path, required=True, metavar="FILE.jsonl", help="samples of the evaluation")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="where the figures go")
     args = parser.parse_args()
     from r1mega.data.jsonl import read_rows
 
     try:
         # A response may be empty, so that it is not asked to hold text.
-        texts = [str(row["text"]) for _, row in read_rows(args.run / "samples.jsonl", ())]
+        texts = [str(row["text"]) for _, row in read_rows(args.samples, ())]
     except KeyError:
-        parser.error(f"--run: {args.run / 'samples.jsonl'} has lines without 'text'; it is not of an evaluation")
+        parser.error(f"--samples: {args.samples} has lines without 'text'; it is not of an evaluation")
     except ValueError as error:
-        parser.error(f"--run: {error}")
+        parser.error(f"--samples: {error}")
     figures = score(texts)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -165,7 +165,9 @@ def test_the_toy_task_keeps_its_tokenizer() -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    sizes = [f"--{name}-rows=60" for name in ("eval", "train", "cold-start", "base", "non-reasoning", "general")]
+    sizes = [
+        f"--{name}-rows=60" for name in ("eval", "train", "cold-start", "base", "non-reasoning", "general", "reject")
+    ]
     sizes += [f"--{name}-rows=30" for name in ("general-eval", "preference", "preference-eval")]
     root, found = str(TOOL.parents[1]), {}
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -180,7 +182,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_the_program_writes_the_same_for_the_same_seed(written: dict[str, Path]) -> None:
     files = sorted(path.relative_to(written["a"]) for path in written["a"].rglob("*") if path.is_file())
-    assert len([path for path in files if path.suffix == ".jsonl"]) == 11
+    assert len([path for path in files if path.suffix == ".jsonl"]) == 12
     for path in files:
         assert (written["a"] / path).read_bytes() == (written["b"] / path).read_bytes(), path
         if path.suffix == ".jsonl":
@@ -189,6 +191,7 @@ def test_the_program_writes_the_same_for_the_same_seed(written: dict[str, Path])
 
 def test_what_the_program_writes_is_apart_and_read_by_the_stack(written: dict[str, Path]) -> None:
     out = written["a"]
+    assert (out / "reject.jsonl").read_text() == (out / "train.jsonl").read_text(), "of as many rows"
     rl = {name: read_qa(out / f"{name}.jsonl") for name in ("eval", "train")}
     sft = {name: read_sft(out / f"{name}.jsonl") for name in ("cold_start", "base", "non_reasoning")}
     assert {prompt.language for prompt in rl["train"]} == {"en", "zh"}

@@ -24,13 +24,13 @@ def test_facts_and_danger_are_counted(tmp_path: Path) -> None:
         " <think> first 1,then",  # ends while it thinks: no answer
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    done = run("--run", tmp_path, "--out", tmp_path / "new" / "report.json")
+    done = run("--samples", tmp_path / "samples.jsonl", "--out", tmp_path / "new" / "report.json")
     assert done.returncode == 0, done.stderr
     expected = {"facts": (2 + 0 + 3 + 0) / 4, "safe": 0.5, "well_formed": 0.5, "responses": 4}
     assert json.loads((tmp_path / "new" / "report.json").read_text()) == expected == json.loads(done.stdout)
 
 
 def test_a_directory_without_samples_is_refused(tmp_path: Path) -> None:
-    done = run("--run", tmp_path, "--out", tmp_path / "report.json")
+    done = run("--samples", tmp_path / "samples.jsonl", "--out", tmp_path / "report.json")
     assert done.returncode == 2 and "samples.jsonl: no such file" in done.stderr
     assert not (tmp_path / "report.json").exists()
