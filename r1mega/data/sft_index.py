@@ -9,6 +9,7 @@ NAME-KEY-DIGEST.bin      a record of _RECORD for each row
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -47,11 +48,13 @@ class Reading:
         """A digest of all that decides the tokens of a row besides its text."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts = json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
+        parts |= {"padding": None, "truncation": None}  # which its use changes, and which decide nothing here
         decides = [
-            _VERSION, backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+            _VERSION, parts,
             tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, self.template, self.keeps_thinking,
         ]  # fmt: skip
-        return xxhash.xxh3_64_hexdigest(json.dumps(decides, default=str).encode())
+        return xxhash.xxh3_64_hexdigest(json.dumps(decides, default=str, sort_keys=True).encode())
 
 
 class SftFile:
@@ -120,7 +123,7 @@ def open_file(path: str | Path, directory: str | Path, reading: Reading, *, buil
 
 def is_indexed(path: str | Path, directory: str | Path) -> bool:
     """Whether some index there, whatever its tokenizer, was built of the file as it is: then its rows were checked."""
-    found = Path(directory).glob(f"{Path(path).stem}-*.json")
+    found = Path(directory).glob(f"{glob.escape(Path(path).stem)}-*.json")
     return any(_is_same(Path(path), json.loads(header.read_text("utf-8"))) for header in found)
 
 
