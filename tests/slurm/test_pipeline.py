@@ -21,8 +21,8 @@ sources:
 stages:
   mixed:
     run: tool
-    tool: mix_rows.py
-    arguments: ["--seed", "{{seed}}", "--out", "{{out}}", "{{rows}}"]
+    tool: {copying}
+    arguments: ["{{rows}}", "{{out}}"]
     inputs: {{rows: rows}}
     outputs: {{out: {{path: rows.jsonl, kind: prompts}}}}
   rl:
@@ -47,7 +47,9 @@ def test_three_jobs_one_after_the_other(runs, tmp_path: Path) -> None:
     one_line.mkdir(parents=True)
     program = tmp_path / "names.py"
     program.write_text("import os, sys\nopen(sys.argv[2], 'w').write(repr(sorted(os.listdir(sys.argv[1]))))\n")
-    text = STAGES.format(program=program, model=model, rows=rows, overrides=json.dumps(chosen))
+    copying = tmp_path / "copying.py"
+    copying.write_text("import shutil, sys\nshutil.copyfile(*sys.argv[1:])\n")
+    text = STAGES.format(copying=copying, program=program, model=model, rows=rows, overrides=json.dumps(chosen))
     (one_line / "three.yaml").write_text(text)
     root = runs.place / "pipeline"
     command = [
