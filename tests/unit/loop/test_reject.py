@@ -15,10 +15,11 @@ from r1mega.config.schema import Config
 from r1mega.curation.questions import Question
 from r1mega.loop import reject, sampling
 from r1mega.loop.wire_reject import RejectionRun, _rule_of, unjudged
+from r1mega.parallel.seed import derive
 from r1mega.reward.compose import Rule
 from r1mega.reward.judge import with_judge
 from r1mega.reward.pool import RewardPool
-from r1mega.types import Completion, FinishReason, Prompt, SamplingParams, Score
+from r1mega.types import Completion, FinishReason, Prompt, Request, SamplingParams, Score
 
 MATHS = Question(Prompt("f:1", "2+2?", "4", token_ids=(1,)), "2+2?")
 LOGIC = Question(Prompt("f:2", "Who lies?", "Ada", token_ids=(2,), domain="logic"), "Who lies?")
@@ -38,11 +39,16 @@ class Engine:
         self.asked = 0
 
     def generate(self, requests, params, on_finished) -> None:
-        for place, request in enumerate(requests):
+        for request in requests:
             self.asked += 1
-            tokens = [ord(letter) for letter in SAID[request.token_ids[0], place % 2]]
-            why = FinishReason.stop if "stop" in SAID[request.token_ids[0], place % 2] else FinishReason.length
-            on_finished(Completion(request.key, 0, tokens, [0.0] * len(tokens), why, 0))
+            (text,) = (SAID[request.token_ids[0], j] for j in range(2) if request.seed == seed_of(request, j))
+            why = FinishReason.stop if "stop" in text else FinishReason.length
+            on_finished(Completion(request.key, 0, list(map(ord, text)), [0.0] * len(text), why, 0))
+
+
+def seed_of(request: Request, sample: int) -> int:
+    """By which a sample is known, whatever else is asked with it."""
+    return derive(0, "sample", request.token_ids[0] - 1, sample)
 
 
 class Tokenizer:
@@ -123,6 +129,20 @@ def test_a_judge_that_is_down_ends_the_run_and_is_asked_again(run: RejectionRun)
     assert len(rows) == 3 and report["dropped"] == {"cut_off": 1, "wrong": 1}
     go(run)
     assert len(run.judge.asked) == 4, "and what is scored is not scored again"
+
+
+def test_what_is_there_is_not_drawn_again_and_the_rows_are_the_same(run: RejectionRun) -> None:
+    directory = Path(run.config.run.dir)
+    go(run)
+    lines = (directory / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    wanted = [(directory / name).read_bytes() for name in ("curated.jsonl", "rejection.json")]
+    for left in range(4):
+        asked = run.engine.asked
+        # In another order, and the last one broken off, as a kill leaves them.
+        (directory / "samples.jsonl").write_bytes(b"".join(lines[:left][::-1]) + lines[left][:30])
+        go(run)
+        assert run.engine.asked == asked + 4 - left
+        assert [(directory / name).read_bytes() for name in ("curated.jsonl", "rejection.json")] == wanted
 
 
 def test_failures_within_the_share_are_counted(run: RejectionRun) -> None:
