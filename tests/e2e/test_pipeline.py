@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from r1mega.pipeline import lineage
+from r1mega.pipeline import lineage, manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -99,27 +99,30 @@ def test_killed_at_random_moments_it_ends_with_the_same_digests(tmp_path: Path) 
 
 
 REAL = """
-# A tiny RL run and its evaluation before and after.
+# A tiny RL run and its evaluation.
 title: A tiny recipe
 sources:
   base: {{path: {base}, kind: checkpoint}}
   questions: {{path: {questions}}}
 stages:
-  before:
-    run: evaluate
-    overrides: &asked [benchmark=file, benchmark.samples=2, benchmark.max_tokens=8, benchmark.template=r1_zero, benchmark.limit=4, benchmark.plot=false]
-    inputs: {{model.hf: base, benchmark.data: questions}}
   rl:
     experiment: r1_zero_gsm8k
-    overrides: [algo.updates=4, algo.questions_per_round=2, algo.group_size=4, rollout.max_tokens=8, optim.weight_decay=10, optim.lr=1e-3, checkpoint.every=2]
+    overrides:
+      - algo.updates={updates}
+      - algo.questions_per_round=2
+      - algo.group_size=4
+      - rollout.max_tokens=8
+      - checkpoint.every=2
     inputs: {{model.hf: base, data.train: questions}}
   after:
     run: evaluate
-    overrides: *asked
+    overrides: [benchmark=file, benchmark.template=plain, benchmark.max_tokens=8, benchmark.limit=2]
     inputs: {{model.hf: rl.model, benchmark.data: questions}}
 findings:
-  learns: {{claim: RL raises accuracy, stage: after, baseline: before}}
-"""  # noqa: E501
+  same:
+    {{claim: as often right, stage: after, baseline: rl, baseline_metric: reward/accuracy, margin: -0.5}}
+"""
+UPDATES = 20
 
 
 def test_a_training_and_its_evaluation(checkpoint, tmp_path: Path) -> None:
@@ -129,32 +132,31 @@ def test_a_training_and_its_evaluation(checkpoint, tmp_path: Path) -> None:
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     place = tmp_path / "conf" / "pipeline"
     place.mkdir(parents=True)
-    (place / "tiny.yaml").write_text(REAL.format(base=checkpoint("qwen2"), questions=questions))
-    conf, torn = tmp_path / "conf", tmp_path / "torn"
+    text = REAL.format(base=checkpoint("qwen2"), questions=questions, updates=UPDATES)
+    (place / "tiny.yaml").write_text(text)
+    conf, root = tmp_path / "conf", tmp_path / "run"
     process = subprocess.Popen(
-        command(conf, "tiny", torn), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command(conf, "tiny", root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    limit = time.monotonic() + 600
-    while not list((torn / "stages" / "rl" / "checkpoints").glob("update-*2")):
+    rl, limit = root / "stages" / "rl", time.monotonic() + 600
+    while not list((rl / "checkpoints").glob("update-*2")):
         assert time.monotonic() < limit and process.poll() is None, "no checkpoint came"
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(timeout=20)
-    done = run(conf, "tiny", torn)
+    assert manifest.read(rl)["status"] == "running" and not (rl / "hf").exists()
+    done = run(conf, "tiny", root)
     assert done.returncode == 0, done.stderr
-    assert (torn / "stages" / "rl" / "config.resumed-1.yaml").exists() and not (torn / "aside").exists()
+    assert (rl / "config.resumed-1.yaml").exists() and not (root / "aside").exists()
 
-    whole = tmp_path / "whole"
-    done = run(conf, "tiny", whole)
-    assert done.returncode == 0, done.stderr
-    assert digests(torn) == digests(whole)
-    found = json.loads((whole / "lineage.json").read_text())
-    assert lineage.problems(found) == [] and "base" in lineage.ancestors(found, "after.report")
-    report = json.loads((whole / "report.json").read_text())
+    found = json.loads((root / "lineage.json").read_text())
+    assert lineage.problems(found) == []
+    assert lineage.ancestors(found, "after.report") == {"base", "questions", "rl.model"}
+    report = json.loads((root / "report.json").read_text())
     by_name = {stage["name"]: stage for stage in report["stages"]}
-    assert list(by_name) == ["before", "rl", "after"]
-    assert [update for update, _ in by_name["rl"]["history"]["train/loss"]] == [1, 2, 3, 4]
-    assert {"question", "response", "reward"} == set(by_name["after"]["samples"][0])
+    assert list(by_name) == ["rl", "after"]
+    assert [update for update, _ in by_name["rl"]["history"]["train/loss"]] == list(range(1, UPDATES + 1))
+    assert set(by_name["after"]["samples"][0]) == {"question", "response", "reward"}
     (finding,) = report["findings"]
-    assert finding["difference"] == pytest.approx(finding["value"] - finding["baseline"])
+    assert finding["difference"] == pytest.approx(finding["value"] - finding["baseline"]) and finding["holds"]
     assert finding["interval"] is None and "one seed" in finding["note"]
