@@ -52,7 +52,7 @@ class Inputs:
         """A reward model, for what asks one."""
         path = self.model.parent / "score"
         path.mkdir(exist_ok=True)
-        fields = {**MODEL, "architectures": ["DeepseekV3ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+        fields = {**MODEL, "architectures": ["DeepseekV3ForSequenceClassification"], "id2label": {"0": "score"}}
         (path / "config.json").write_text(json.dumps(fields))
         save_file({"score.weight": np.ones((1, 32), dtype=np.float32)}, path / "model.safetensors")
         return path

@@ -74,6 +74,9 @@ def test_what_has_no_grader_here_says_what_to_run(config: Config) -> None:
     config.benchmark.grader = choices.GraderName.harness
     assert "run it there: alpaca_eval" in refused(config)
     config.benchmark.grader = choices.GraderName.none
+    config.benchmark.readability = True
+    assert "benchmark.readability: got true; is reported beside grades" in refused(config)
+    config.benchmark.readability = False
     evaluation.prepare(config)
 
 
