@@ -1,7 +1,7 @@
 """Sequences in one pack do not see each other, and of a conversation its answers are learned alone.
 
-Kind of claim: fp32, sums in another order: 1e-5 of the loss and of the norm of each tensor's gradient, between packed and
-single and against transformers (typical: 5e-7). The negative control is the same packs laid as one sequence each.
+Kind of claim: fp32, sums in another order: 1e-5 of the loss and of the norm of each tensor's gradient, between packed
+and single and against transformers (typical: 5e-7). The negative control is the same packs laid as one sequence each.
 """
 
 from __future__ import annotations
