@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KEYS = ("prompt", "response")
+_BATCH = 512  # texts tokenized at once: what a tokenizer says of them besides takes many times their memory
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,11 @@ def _encode(texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBas
     found: list[list[int]] = [[] for _ in texts]
     for flag in (True, False):
         places = [place for place, (text, adds) in enumerate(texts) if adds is flag and text]
-        if places:
-            chosen = [texts[place][0] for place in places]
+        for start in range(0, len(places), _BATCH):
+            part = places[start : start + _BATCH]
+            chosen = [texts[place][0] for place in part]
             encoded = tokenizer(chosen, add_special_tokens=flag, return_attention_mask=False, verbose=False)
-            for place, ids in zip(places, encoded["input_ids"], strict=True):
+            for place, ids in zip(part, encoded["input_ids"], strict=True):
                 found[place] = ids
     return found
 

@@ -91,9 +91,9 @@ def test_a_row_that_changes_under_a_run_is_noticed(tmp_path):
         found.examples([8])
 
 
-# Peak memory of a process of its own: what reading the rows adds to what is there before. ru_maxrss never falls.
+# Peak memory of a process of its own: what reading the rows adds to what is there before.
 _MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from r1mega.algo.window_packing import pack_window
 from r1mega.data.order import EpochOrder
@@ -103,10 +103,12 @@ from r1mega.data.sft_source import WindowSource
 from r1mega.data.toy_tokenizer import build_tokenizer
 way, path, index = sys.argv[1:]
 reading = Reading(build_tokenizer(), "plain")
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def status(name):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(name))
 list(iter_sft(Path(path).with_name("warm.jsonl")))
 open_file(Path(path).with_name("warm.jsonl"), index, reading).examples([0, 1])
-before = peak()
+Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+before = status("VmRSS")
 if way == "whole":
     held = tokenize_sft(list(iter_sft(path)), reading.tokenizer, "plain", None)
 else:
@@ -115,7 +117,7 @@ else:
     source = WindowSource(order, rows.tokens, window=1024, max_tokens=512, chunks_per_update=8)
     for _ in range(200):
         rows.examples(source.next().rows)
-print(peak() - before)
+print(status("VmHWM") - before)
 """
 
 

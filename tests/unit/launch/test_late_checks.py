@@ -71,6 +71,21 @@ def test_a_prompt_over_the_limit_is_named_by_its_line(checkpoint, config):
         check_tokens(made)
 
 
+def test_supervised_rows_are_indexed_and_a_long_one_leaves_no_run(checkpoint, config, tmp_path):
+    made = config(checkpoint("llama"), rows=[{"prompt": "1+1?", "response": "2"}])
+    made.stage.loop, made.data.format = choices.Loop.sft, choices.DataFormat.sft
+    made.run.dir = str(tmp_path / "run")
+    assert check_tokens(made) == []
+    assert len(list((tmp_path / "run" / "index").iterdir())) == 2
+    made.run.dir, made.sft.max_length = str(tmp_path / "other"), 9
+    (fault,) = check_tokens(made)
+    assert "train.jsonl:1: prompt and response have " in fault and "the limit is 9; raise sft.max_length" in fault
+    assert not (tmp_path / "other").exists()
+    made.sft.index_dir = str(tmp_path / "train.jsonl" / "no_directory")
+    (fault,) = check_tokens(made)
+    assert fault.startswith("sft.index_dir: got ")
+
+
 def test_prompt_and_response_need_positions(checkpoint, config):
     made = config(checkpoint("llama"))
     made.rollout.max_tokens = 1900
