@@ -11,7 +11,7 @@ import pytest
 
 from r1mega.pipeline import lineage
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.extended, pytest.mark.timeout(600)]
 
 STAGES = """
 # Three jobs, of which each waits for the one before.
