@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from r1mega.config import io
 from r1mega.config.check_slurm import check_submit
-from r1mega.config.choices import EXISTING_LOOPS, Loop, Scheduler, StageRun
+from r1mega.config.choices import SAMPLING_LOOPS, Scheduler, StageRun
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.launch import preflight, rundir, slurm, submit
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 FOLDER, JOBS_FILE = "jobs", "jobs.json"
 _SECONDS = 60.0  # for a busy slurmctld
-# Stages whose engines do all the work are started as on one machine, with the job's machines for their servers.
-_ENGINES_ALONE = (Loop.evaluate, Loop.reject)
 
 
 def run(config: Config, stages: Mapping[str, Stage], asked: Asked) -> int:
@@ -58,7 +56,7 @@ def run(config: Config, stages: Mapping[str, Stage], asked: Asked) -> int:
         constraint = "jobs are queued for one seed at a time"
         wrong.append(str(Fault("pipeline.seeds", str(list(config.pipeline.seeds)), constraint, "name one")))
     if not asked.dry_run:
-        wrong += _faults_of_now(left, configs, root)
+        wrong += _faults_of_now(root)
     if wrong:
         raise ConfigError(wrong)
     if asked.dry_run:
@@ -76,8 +74,6 @@ def script(left: Mapping[str, Stage], configs: Mapping[str, Config], root: Path,
         words = ["sbatch", "--parsable", *_dependency(waits)]
         what = stage.spec.experiment or stage.spec.tool or ""
         lines += ["", f"# {number} of {len(left)}: {name} ({stage.spec.run} {what}): {stage.spec.about}".rstrip()]
-        if configs[name].stage.loop not in EXISTING_LOOPS:
-            lines.append(f"# its loop, {configs[name].stage.loop}, does not exist yet: pipeline.submit=true refuses it")
         lines += [
             f"job_{name}=$({' '.join(words)} <<'R1MEGA_JOB'",
             _script_of(stage, configs[name], root, asked).rstrip(),
@@ -105,31 +101,26 @@ def _job_config(stage: Stage) -> Config:
     else:
         made = stage.config()
     made.run.name = stage.name
-    if stage.spec.run is StageRun.tool or made.stage.loop in _ENGINES_ALONE:
-        # One task on each machine, which servers are started from; there are no training processes.
+    if stage.spec.run is StageRun.tool or made.stage.loop in SAMPLING_LOOPS:
+        # One task on each machine, which servers are started from: their engines do all the work.
         made.parallel = replace(made.parallel, tp=1, pp=1, cp=1, ep=1, dp=made.cluster.nodes)
     return made
 
 
 def _faults(stage: Stage, config: Config) -> Iterator[Fault]:
     found = check_submit(config)
-    if stage.spec.run is StageRun.tool or config.stage.loop in _ENGINES_ALONE:
+    if stage.spec.run is StageRun.tool or config.stage.loop in SAMPLING_LOOPS:
         # They write no checkpoints, go on from what they have, and have no layout that could fail to fill the job.
         return (fault for fault in found if fault.field in ("cluster.scheduler", "run.dir"))
     return found
 
 
-def _faults_of_now(left: Mapping[str, Stage], configs: Mapping[str, Config], root: Path) -> list[str]:
+def _faults_of_now(root: Path) -> list[str]:
     """What speaks against queueing these jobs here and now."""
     faults = []
     if shutil.which("sbatch") is None:
         constraint = "is no program of this machine"
         faults.append(str(Fault("pipeline.submit", "sbatch", constraint, "submit where Slurm is, or add --dry-run")))
-    for name, config in configs.items():
-        loop = config.stage.loop
-        if left[name].spec.run is not StageRun.tool and loop not in EXISTING_LOOPS:
-            fault = Fault("stage.loop", str(loop), "this loop does not exist yet", "plan it, or leave the stage out")
-            faults.append(f"stage {name}: {fault}")
     queued = read_json(root / FOLDER / JOBS_FILE) or {}
     for name, job in queued.items() if shutil.which("squeue") else ():
         state = slurm.job_state(job)
@@ -177,7 +168,7 @@ def in_job(stage: Stage, resume: bool) -> list[str]:
         constraint = f"stage {stage.name} is to be a job"
         remedy = "queue it with pipeline.submit=true, or give it cluster=local"
         raise ConfigError([Fault("cluster.scheduler", "slurm", constraint, remedy)])
-    if config.stage.loop in _ENGINES_ALONE:
+    if config.stage.loop in SAMPLING_LOOPS:
         return stage.command(resume=resume, more=_servers(config))
     config.run.resume = resume
     preflight.require(config)
@@ -203,7 +194,7 @@ def conclude(stage: Stage, code: int) -> None:
     if code != STOPPED or job is None:
         return
     config = _job_config(stage)
-    is_training = stage.spec.run is StageRun.train and config.stage.loop not in _ENGINES_ALONE
+    is_training = stage.spec.run is StageRun.train and config.stage.loop not in SAMPLING_LOOPS
     if is_training or config.cluster.scheduler is not Scheduler.slurm:
         return
     refused = slurm.requeue(job) if config.slurm.requeue else "slurm.requeue=false"
