@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from r1mega.pipeline import lineage, manifest
+from r1mega.pipeline import lineage, lock, manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -68,6 +68,18 @@ def run(conf: Path, name: str, run_dir: Path, *more: str) -> subprocess.Complete
     return subprocess.run(command(conf, name, run_dir, *more), capture_output=True, text=True, timeout=800)
 
 
+@contextmanager
+def started(conf: Path, name: str, run_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The pipeline while it runs; kill -9 at the end."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(conf, name, run_dir), start_new_session=True, **quiet)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(timeout=20)
+
+
 def digests(run_dir: Path) -> dict[str, str]:
     nodes = json.loads((run_dir / "lineage.json").read_text())["nodes"]
     return {node["id"]: node["sha256"] for node in nodes}
@@ -78,18 +90,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_digests(tmp_path: Path) 
     done = run(conf, "stubs", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     draw, torn = random.Random(0), tmp_path / "torn"
-    for kill in range(KILLS):
-        process = subprocess.Popen(
-            command(conf, "stubs", torn), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+    for _ in range(KILLS):
         limit = time.monotonic() + 120
-        while not (torn / "lock").exists() and process.poll() is None:
-            assert time.monotonic() < limit, "it did not begin"
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0.0, 0.4))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait(timeout=20)
-        assert not (torn / "lineage.json").exists() or kill > 0
+        with started(conf, "stubs", torn) as process:
+            while not lock.is_held(torn) and process.poll() is None:
+                assert time.monotonic() < limit, "it did not begin"
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0.0, 0.8))  # into its first stages, or between them
     done = run(conf, "stubs", torn)
     assert done.returncode == 0, done.stderr
     assert digests(torn) == digests(tmp_path / "whole")
@@ -135,15 +142,11 @@ def test_a_training_and_its_evaluation(checkpoint, tmp_path: Path) -> None:
     text = REAL.format(base=checkpoint("qwen2"), questions=questions, updates=UPDATES)
     (place / "tiny.yaml").write_text(text)
     conf, root = tmp_path / "conf", tmp_path / "run"
-    process = subprocess.Popen(
-        command(conf, "tiny", root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
     rl, limit = root / "stages" / "rl", time.monotonic() + 600
-    while not list((rl / "checkpoints").glob("update-*2")):
-        assert time.monotonic() < limit and process.poll() is None, "no checkpoint came"
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=20)
+    with started(conf, "tiny", root) as process:
+        while not list((rl / "checkpoints").glob("update-*2")):
+            assert time.monotonic() < limit and process.poll() is None, "no checkpoint came"
+            time.sleep(0.01)
     assert manifest.read(rl)["status"] == "running" and not (rl / "hf").exists()
     done = run(conf, "tiny", root)
     assert done.returncode == 0, done.stderr
