@@ -253,7 +253,7 @@ def killed_again_and_again(overrides: list[str], run_dir: Path, kills: int, seed
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.extended)])
 def test_no_kill_loses_a_checkpoint(checkpoint, files, tmp_path, kills):
     """So many kills at random moments, in each of two runs side by side; then each goes on to its end."""
     source = checkpoint("llama")
