@@ -109,20 +109,21 @@ def _response(problem: Problem, mixture: Mixture, rng: random.Random) -> str:
     some = steps[: rng.randint(1, NUM_DIGITS - 1)]
     written = {"direct": [], "partial": some, "full": steps, "twice": steps * 2}[style]
     work = ",".join(noisy_step(step) for step in written) or NO_WORK
-    answer = noisy(problem.answer) if len(written) >= NUM_DIGITS else _guess(problem, len(written), rng)
+    answer = noisy(problem.answer) if len(written) >= NUM_DIGITS else guess(problem, len(written), rng)
     if rng.random() < mixture.malformed:
-        return _malformed(work, answer, rng)
+        return malformed(work, answer, rng)
     return write_response(work, answer)
 
 
-def _guess(problem: Problem, known: int, rng: random.Random) -> str:
+def guess(problem: Problem, known: int, rng: random.Random) -> str:
     """An answer whose last `known` digits are right; those before them are some other problem's."""
     low, high = 10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS
     other = str(rng.randrange(low, high) + rng.randrange(low, high))
     return other[: len(other) - known] + problem.answer[len(problem.answer) - known :]
 
 
-def _malformed(work: str, answer: str, rng: random.Random) -> str:
+def malformed(work: str, answer: str, rng: random.Random) -> str:
+    """A response that breaks the format, in one of five ways."""
     return rng.choice(
         (
             f" <think> {work} </think> {answer}",

@@ -15,7 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from r1mega.data.toy import NUM_DIGITS, Problem, problems, work_steps, write_response
+from r1mega.data.toy import NUM_DIGITS, Problem, guess, malformed, problems, work_steps, write_response
 
 LANGUAGES = ("en", "zh")
 ASKS = {"en": "sum ", "zh": "求"}
@@ -203,28 +203,9 @@ def _base_response(question: Question, mixture: Mixture, rng: random.Random) -> 
     languages = [LANGUAGES[rng.random() >= mixture.english] for _ in range(NUM_DIGITS)]
     terms = [step.split("=") for step in steps[:known]]
     work = _written([f"{left}={noisy(total)}" for left, total in terms], languages) or AT_ONCE[languages[0]]
-    answer = noisy(problem.answer) if known == NUM_DIGITS else _guess(problem, known, rng)
+    answer = noisy(problem.answer) if known == NUM_DIGITS else guess(problem, known, rng)
     if rng.random() < mixture.summary:
         answer = summed_up(answer, LANGUAGES[rng.random() >= mixture.english])
     if rng.random() < mixture.malformed:
-        return _malformed(work, answer, rng)
+        return malformed(work, answer, rng)
     return write_response(work, answer)
-
-
-def _guess(problem: Problem, known: int, rng: random.Random) -> str:
-    """An answer whose last `known` digits are right; those before them are some other problem's."""
-    low, high = 10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS
-    other = str(rng.randrange(low, high) + rng.randrange(low, high))
-    return other[: len(other) - known] + problem.answer[len(problem.answer) - known :]
-
-
-def _malformed(work: str, answer: str, rng: random.Random) -> str:
-    return rng.choice(
-        (
-            f" <think> {work} </think> {answer}",
-            f" <think> {work} <answer> {answer} </answer>",
-            f"<answer> {answer} </answer>",
-            f" <think> {work} </think> <answer> {answer}",
-            f" {answer}",
-        )
-    )

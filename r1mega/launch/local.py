@@ -55,10 +55,7 @@ def evaluate(config: Config) -> int:
     """
     from r1mega.launch import evaluation
 
-    config_path = evaluation.prepare(config)
-    log_dir = config_path.parent / rundir.LOG_DIR
-    size = evaluation.wire_evaluate.world_size(config)
-    return _run_workers(config, config_path, log_dir, fleet=evaluation.fleet(config, log_dir), world_size=size)
+    return _run_engines(config, evaluation.prepare(config))
 
 
 def reject(config: Config) -> int:
@@ -66,9 +63,15 @@ def reject(config: Config) -> int:
 
     Raises ConfigError before anything is written or started when the configuration has faults.
     """
-    from r1mega.launch import evaluation, rejection
+    from r1mega.launch import rejection
 
-    config_path = rejection.prepare(config)
+    return _run_engines(config, rejection.prepare(config))
+
+
+def _run_engines(config: Config, config_path: Path) -> int:
+    """Run what only asks engines: embedded ones in its processes, or a fleet of servers beside one."""
+    from r1mega.launch import evaluation
+
     log_dir = config_path.parent / rundir.LOG_DIR
     size = evaluation.wire_evaluate.world_size(config)
     return _run_workers(config, config_path, log_dir, fleet=evaluation.fleet(config, log_dir), world_size=size)
