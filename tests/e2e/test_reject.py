@@ -17,7 +17,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import make_toy
-from r1mega.data.sft import SftSource, read_sft, tokenize_sft
+from r1mega.data.order import EpochOrder
+from r1mega.data.sft import iter_sft, tokenize_sft
 from r1mega.data.toy_tokenizer import save_tokenizer
 from r1mega.loop.wire_evaluate import fingerprint
 
@@ -40,13 +41,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_toy.write_base_config(folder / "base_config", "qwen2")
     tokenizer = AutoTokenizer.from_pretrained(folder / "base_config")
     rows = [{"prompt": f"{a}+{b}", "response": f"<think>{a}+{b}</think> <answer>{a + b}</answer>"} for a, b in SUMS]
-    examples = tokenize_sft(read_sft(write_rows(folder / "sums.jsonl", rows)), tokenizer, "r1_zero", 64)
+    examples = tokenize_sft(list(iter_sft(write_rows(folder / "sums.jsonl", rows))), tokenizer, "r1_zero", 64)
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "base_config"))
     optimizer = torch.optim.AdamW(made.parameters(), lr=5e-3, weight_decay=0.0)
-    source = SftSource(examples, seed=0)
+    order = EpochOrder(len(examples), 0, True, "sums")
     for _ in range(60):
-        batch = source.next(32)
+        batch = [examples[index] for index in order.next(32)]
         longest = max(len(example.token_ids) for example in batch)
         ids = torch.tensor([(*e.token_ids, *(0,) * (longest - len(e.token_ids))) for e in batch])
         mask = torch.tensor([(*e.loss_mask, *(0,) * (longest - len(e.loss_mask))) for e in batch])
@@ -121,7 +122,7 @@ def test_rows_and_report_say_what_the_samples_say(whole: Path, model: Path, ques
     assert rows[-1]["prompt"] == "hello" and rows[-1]["domain"] == "general"
     assert not any(row["prompt"] == "5+5" for row in rows)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    assert len(tokenize_sft(read_sft(whole / "curated.jsonl"), tokenizer, "r1_zero", 100)) == len(rows)
+    assert len(tokenize_sft(list(iter_sft(whole / "curated.jsonl")), tokenizer, "r1_zero", 100)) == len(rows)
 
 
 @pytest.mark.extended

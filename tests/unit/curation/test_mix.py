@@ -9,7 +9,7 @@ import pytest
 
 from r1mega.curation.decontaminate import Benchmarks
 from r1mega.curation.mix import Source, check_sources, mix
-from r1mega.data.sft import read_sft
+from r1mega.data.sft import iter_sft
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -80,9 +80,9 @@ def test_the_program(files: tuple[str, str], tmp_path: Path) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
-    assert summary["rows"] == 11 == len(read_sft(out)) and summary["sources"]["writing"]["kept"] == 6
+    assert summary["rows"] == 11 == len(list(iter_sft(out))) and summary["sources"]["writing"]["kept"] == 6
     assert json.loads((tmp_path / "sft.jsonl.counts.json").read_text()) == summary
-    responses = [row.response for row in read_sft(out)]
+    responses = [row.response for row in iter_sft(out)]
     assert responses[0].startswith("|t|") and responses[0].count("|t|") == 2 and responses[-1] == "It is 5."
     wrong = subprocess.run([*argv, "--limit", "poems=1"], capture_output=True, text=True, timeout=120, check=False)
     assert wrong.returncode == 2 and "--limit: got poems; the sources are reasoning, writing" in wrong.stderr

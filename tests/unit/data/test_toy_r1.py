@@ -18,7 +18,7 @@ from r1mega.data import toy_r1
 from r1mega.data.mixture import read_general
 from r1mega.data.preference import read_labels, read_pairs
 from r1mega.data.prompts import read_qa
-from r1mega.data.sft import read_sft
+from r1mega.data.sft import iter_sft
 from r1mega.data.templates import prompt_ids
 from r1mega.data.toy import Problem, work_steps
 from r1mega.data.toy_r1 import Mixture, Question
@@ -193,7 +193,7 @@ def test_what_the_program_writes_is_apart_and_read_by_the_stack(written: dict[st
     out = written["a"]
     assert (out / "reject.jsonl").read_text() == (out / "train.jsonl").read_text(), "of as many rows"
     rl = {name: read_qa(out / f"{name}.jsonl") for name in ("eval", "train")}
-    sft = {name: read_sft(out / f"{name}.jsonl") for name in ("cold_start", "base", "non_reasoning")}
+    sft = {name: list(iter_sft(out / f"{name}.jsonl")) for name in ("cold_start", "base", "non_reasoning")}
     assert {prompt.language for prompt in rl["train"]} == {"en", "zh"}
     operands = {
         name: {frozenset(text.lstrip("sum 求").split("+")) for text in texts if "+" in text}
