@@ -14,9 +14,9 @@ import torch
 from cluster import wait_for
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-SOON = 150.0  # until a job's ranks have come to their first updates, on a busy machine
+SOON = 400.0  # of a run whose processes share two cores with others
 UPDATES = 40
 LONG = (f"algo.updates={UPDATES}", "checkpoint.every=10")
 
@@ -100,10 +100,11 @@ def test_a_job_that_loses_a_node_and_is_then_cancelled(runs, whole) -> None:
     checkpoints = runs.place / "lost" / "checkpoints"
     wait_for(lambda: (checkpoints / "update-000010" / "manifest.json").exists(), SOON, "a checkpoint")
     runs.cluster.lose_node("n2")
-    wait_for(lambda: "the job is queued again" in runs.output("lost"), 90, "a requeue")
+    wait_for(lambda: "the job is queued again" in runs.output("lost"), 240, "a requeue")
     assert "lost n2; the job is queued again" in runs.output("lost")
     runs.cluster.start_node("n2")
-    wait_for(lambda: f"start 1, on n1 n2: goes on from {checkpoints}/update-0000" in runs.output("lost"), 90, "a start")
+    goes_on = f"start 1, on n1 n2: goes on from {checkpoints}/update-0000"
+    wait_for(lambda: goes_on in runs.output("lost"), 240, "a start")
 
     wait_for(lambda: (checkpoints / "update-000020" / "manifest.json").exists(), SOON, "another checkpoint")
     runs.cluster.ask("scancel", job)
