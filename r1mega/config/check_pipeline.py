@@ -80,7 +80,7 @@ def check_pipeline(pipeline: PipelineConfig) -> Iterator[Fault]:
 def _check_stage(pipeline: PipelineConfig, name: str, stage: PipelineStage) -> Iterator[Fault]:
     at = f"pipeline.stages.{name}"
     yield from _check_kind(at, stage)
-    if stage.minutes <= 0:
+    if stage.minutes is not None and stage.minutes <= 0:
         yield Fault(f"{at}.minutes", str(stage.minutes), "must be > 0", "raise it")
     for key, reference in stage.inputs.items():
         yield from _check_reference(pipeline, f"{at}.inputs.{key}", reference)

@@ -49,8 +49,8 @@ class PipelineStage:
     """Config field, or a name for {NAME} -> `STAGE.OUTPUT`, or a source's name."""
     outputs: dict[str, PipelineOutput] = field(default_factory=dict)
     """What it leaves. Empty: `model`, the checkpoint hf, of a training; `report`, report.json, of an evaluation."""
-    minutes: float = 60.0
-    """The stage is ended after so long; as a Slurm job it has slurm.time_limit instead (ours)."""
+    minutes: float | None = None
+    """The stage is ended after so long; null: never by the pipeline. A Slurm job has slurm.time_limit besides."""
 
 
 @dataclass

@@ -60,7 +60,7 @@ def run(
     command: Sequence[str],
     log: Path,
     *,
-    minutes: float,
+    minutes: float | None,
     signals: Signals,
     ask: Callable[[str], None] | None = None,
     tick: Callable[[], None] = lambda: None,
@@ -68,9 +68,9 @@ def run(
 ) -> Ended:
     """Run a command to its end, its output added to `log`.
 
-    Whatever ends this process ends the child with all it started. On SIGUSR1 `ask` is called, which asks the
-    child for a checkpoint; without it the child is ended. `keep_open` are descriptors that stay open as
-    long as the child's leash lives: locks.
+    Whatever ends this process ends the child with all it started, and so does a limit of `minutes`. On SIGUSR1 `ask`
+    is called, which asks the child for a checkpoint; without it the child is ended. `keep_open` are descriptors that
+    stay open as long as the child's leash lives: locks.
     """
     library = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(part for part in (library, os.environ.get("PYTHONPATH", "")) if part)
@@ -87,7 +87,7 @@ def run(
             pass_fds=tuple(keep_open),
         )
     try:
-        return _watch(process, time.monotonic() + 60 * minutes, minutes, signals, ask, tick)
+        return _watch(process, minutes, signals, ask, tick)
     finally:
         if process.poll() is None:
             process.terminate()  # the leash, which ends the whole group
@@ -96,13 +96,12 @@ def run(
 
 def _watch(
     process: subprocess.Popen[bytes],
-    deadline: float,
-    minutes: float,
+    minutes: float | None,
     signals: Signals,
     ask: Callable[[str], None] | None,
     tick: Callable[[], None],
 ) -> Ended:
-    asked_at = -1.0
+    asked_at, began = -1.0, time.monotonic()
     while process.poll() is None:
         if signals.ends:
             _tell(process, signal.SIGTERM)
@@ -113,7 +112,7 @@ def _watch(
         if signals.stops and ask is not None and time.monotonic() > asked_at + 1.0:
             asked_at = time.monotonic()  # again and again: a run that just starts forgets what was asked before
             ask("SIGUSR1")
-        if time.monotonic() > deadline:
+        if minutes is not None and time.monotonic() > began + 60 * minutes:
             _tell(process, signal.SIGTERM)
             return Ended(124, f"took longer than its limit of {minutes:g} minutes")
         tick()
