@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from r1mega.config.schema import Config
 
-USAGE_ERROR = 2
+FAILED, USAGE_ERROR = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,8 +188,11 @@ def _for_each_composed(command: str, arguments: Sequence[str], action: Callable[
         return USAGE_ERROR
     register_schema()
     codes: list[int] = []
+    is_composed = False
 
     def job(composed: DictConfig) -> None:
+        nonlocal is_composed
+        is_composed = True
         code = _run_job(composed, action)
         codes.append(code)
         if code >= 128:  # ended by a signal: the jobs of a sweep that have not begun shall not begin
@@ -199,8 +202,8 @@ def _for_each_composed(command: str, arguments: Sequence[str], action: Callable[
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except SystemExit as end:
-        if codes:
-            return codes[-1]
+        if is_composed:  # without a code: something has failed that is no fault of what was asked; Hydra has said what
+            return codes[-1] if codes else FAILED
         return _composition_failed(arguments) if end.code else 0
     return next((code for code in codes if code), 0)
 

@@ -143,3 +143,12 @@ def test_a_sweep_over_a_directory_of_ones_own(r1mega: Run, inputs, tmp_path: Pat
     done = r1mega("train", *inputs.overrides()[:2], "run.seed=1,2", "run.dir=mine/${run.seed}", "-m")
     assert done.returncode == 0, done.stderr
     assert sorted(path.parent.name for path in (tmp_path / "mine").glob("*/config.yaml")) == ["1", "2"]
+
+
+def test_a_failure_of_its_own_is_not_said_to_be_one_of_the_arguments(inputs) -> None:
+    failing = "import sys\nfrom r1mega import cli\nfrom r1mega.launch import local\nlocal.run = lambda config: 1 / 0\n"
+    argv = [sys.executable, "-c", failing + "sys.exit(cli.main())", "train", *inputs.overrides()]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert "--help" not in done.stderr
