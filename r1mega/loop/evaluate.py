@@ -18,7 +18,7 @@ from r1mega.benchmark.graders import Sameness
 from r1mega.benchmark.readability import measures
 from r1mega.benchmark.samples import Graded, SampleFile
 from r1mega.config.schema import Config
-from r1mega.loop.sampling import Job, sample_all
+from r1mega.loop.sampling import Job, graded, sample_all
 from r1mega.loop.sampling_progress import Progress
 from r1mega.loop.wire_evaluate import (
     REPORT_FILE,
@@ -61,29 +61,27 @@ def grade(run: EvaluationRun, job: Job, completion: Completion) -> Future[Graded
     text = run.text_of(completion.token_ids)
     grader = graders.grader(str(run.config.benchmark.grader))
     answer = grader.answer(text) if grader is not None and grader.answer is not None else None
-    outcome: Future[Graded] = Future()
 
-    def settle(score: Score) -> None:
-        outcome.set_result(
-            Graded(
-                problem=i,
-                sample=j,
-                id=run.problems[i].id,
-                score=score.value,
-                answer=answer,
-                tokens=len(completion.token_ids),
-                cut_off=completion.finish_reason is FinishReason.length,
-                reason=score.reason,
-                error=score.error,
-                text=text,
-            )
+    def with_score(score: Score) -> Graded:
+        return Graded(
+            problem=i,
+            sample=j,
+            id=run.problems[i].id,
+            score=score.value,
+            answer=answer,
+            tokens=len(completion.token_ids),
+            cut_off=completion.finish_reason is FinishReason.length,
+            reason=score.reason,
+            error=score.error,
+            text=text,
         )
 
+    score: Future[Score] = Future()
     if run.pool is None:
-        settle(Score(0.0))
+        score.set_result(Score(0.0))
     else:
-        run.pool.submit(run.prompts[i], text).add_done_callback(lambda done: settle(done.result()))
-    return outcome
+        score = run.pool.submit(run.prompts[i], text)
+    return graded(score, with_score)
 
 
 def finish(run: EvaluationRun, file: SampleFile) -> None:

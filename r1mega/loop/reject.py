@@ -23,7 +23,7 @@ from r1mega.curation.curate import Kept, Outcome, curate
 from r1mega.curation.filters import Candidate
 from r1mega.curation.patterns import in_pattern
 from r1mega.curation.questions import CONTAMINATED, TRIVIAL, Question, row_of
-from r1mega.loop.sampling import Job, sample_all
+from r1mega.loop.sampling import Job, graded, sample_all
 from r1mega.loop.sampling_progress import Progress
 from r1mega.loop.wire_evaluate import fingerprint, weights_dir
 from r1mega.loop.wire_reject import (
@@ -91,15 +91,11 @@ def cut(text: str, marks: Sequence[str]) -> tuple[str, bool]:
 
 
 def _scored(run: RejectionRun, sample: Graded) -> Future[Graded]:
-    outcome: Future[Graded] = Future()
-
-    def settle(done: Future[Score]) -> None:
-        score = done.result()
+    def with_score(score: Score) -> Graded:
         found = {"score": score.value, "parts": score.parts, "reason": score.reason, "error": score.error}
-        outcome.set_result(Scored(**vars(sample) | found))
+        return Scored(**vars(sample) | found)
 
-    run.scorer(run.prompts[sample.problem], sample.text).add_done_callback(settle)
-    return outcome
+    return graded(run.scorer(run.prompts[sample.problem], sample.text), with_score)
 
 
 def finish(run: RejectionRun, file: SampleFile) -> None:

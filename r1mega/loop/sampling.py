@@ -17,7 +17,7 @@ from r1mega.config.schema import Config
 from r1mega.loop.sampling_progress import Progress
 from r1mega.parallel.collectives import gather, share
 from r1mega.parallel.seed import derive
-from r1mega.types import Completion, Engine, Prompt, Request, SamplingParams
+from r1mega.types import Completion, Engine, Prompt, Request, SamplingParams, Score
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -56,6 +56,21 @@ class SamplingRun:
 Grade = Callable[[Job, Completion], Future[Graded]]
 
 
+def graded(score: Future[Score], sample_of: Callable[[Score], Graded]) -> Future[Graded]:
+    """The sample that is to be made of a score to come. Where the score fails, so does the sample: nobody waits."""
+    outcome: Future[Graded] = Future()
+
+    def settle(done: Future[Score]) -> None:
+        error = done.exception()
+        if error is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(sample_of(done.result()))
+
+    score.add_done_callback(settle)
+    return outcome
+
+
 def sample_all(
     run: SamplingRun, jobs: Sequence[Job], grade: Grade, file: SampleFile | None, progress: Progress | None
 ) -> None:
@@ -88,9 +103,9 @@ def _sample_chunk(
                 progress.moved()
 
     def finished(completion: Completion) -> None:
-        graded = grade(mine[completion.key], completion)
-        pending.append(graded)
-        graded.add_done_callback(keep)
+        sample = grade(mine[completion.key], completion)
+        pending.append(sample)
+        sample.add_done_callback(keep)
 
     run.engine.generate(requests, run.params, finished)
     for part in gather([future.result() for future in pending], run.group):

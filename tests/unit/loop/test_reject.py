@@ -177,3 +177,11 @@ def test_what_nobody_decides() -> None:
 def test_cutting() -> None:
     assert reject.cut("a\nQ: b", ["\nQ:", "b"]) == ("a", True)
     assert reject.cut("a", ["\nQ:"]) == ("a", False) and reject.cut("a", []) == ("a", False)
+
+
+def test_a_sample_whose_score_fails_fails_too_and_is_waited_for_by_nobody() -> None:
+    score: Future[Score] = Future()
+    sample = sampling.graded(score, lambda found: found)
+    score.set_exception(RuntimeError("whoever scores is gone"))
+    with pytest.raises(RuntimeError, match="whoever scores is gone"):
+        sample.result(timeout=1)
