@@ -5,7 +5,7 @@ Counts of the two clocks of a run are never mixed: a *round* is one rollout, an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -63,6 +63,13 @@ class Score:
     parts: dict[str, float] = field(default_factory=dict)
     reason: str = ""
     error: str | None = None
+
+
+def is_right(parts: Mapping[str, float]) -> bool | None:
+    """Whether an answer of these parts counts as right: by the judge where it has spoken, by the accuracy rule
+    elsewhere; None where neither has."""
+    value = parts.get("judge", parts.get("accuracy"))
+    return None if value is None else value >= 1.0
 
 
 @dataclass(frozen=True)

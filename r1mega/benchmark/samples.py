@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from r1mega.types import is_right
+
 
 @dataclass(frozen=True)
 class Graded:
@@ -45,8 +47,8 @@ class Scored(Graded):
 
     @property
     def right(self) -> bool:
-        """By the judge where it has spoken, by the accuracy rule elsewhere."""
-        return self.parts.get("judge", self.parts.get("accuracy", 0.0)) >= 1.0
+        """See r1mega.types.is_right; not where nothing has judged it."""
+        return bool(is_right(self.parts))
 
 
 class SampleFile:

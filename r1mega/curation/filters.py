@@ -14,7 +14,7 @@ from r1mega.data.summary import final_summary
 from r1mega.reward.format import r1_zero_format
 from r1mega.reward.language import count_words, language_share
 from r1mega.reward.repetition import repetition_penalty
-from r1mega.types import Prompt
+from r1mega.types import Prompt, is_right
 
 FORMS = ("any", "think", "r1_zero")
 
@@ -69,10 +69,9 @@ class Limits:
 Filter = Callable[[Candidate, Limits], bool | None]
 
 
-def is_right(one: Candidate, limits: Limits) -> bool | None:
-    """By the judge where it has spoken, by the accuracy rule elsewhere; None where neither has."""
-    value = one.parts.get("judge", one.parts.get("accuracy"))
-    return None if value is None else value >= 1.0
+def was_right(one: Candidate, limits: Limits) -> bool | None:
+    """See r1mega.types.is_right."""
+    return is_right(one.parts)
 
 
 def is_well_formed(one: Candidate, limits: Limits) -> bool | None:
@@ -141,7 +140,7 @@ def holds_no_special_token(one: Candidate, limits: Limits) -> bool | None:
 FILTERS: dict[str, Filter] = {
     "failed": lambda one, limits: one.error is None,
     "cut_off": lambda one, limits: not one.cut_off,
-    "wrong": is_right,
+    "wrong": was_right,
     "malformed": is_well_formed,
     "mixed_language": is_in_one_language,
     "long_paragraph": has_short_paragraphs,
