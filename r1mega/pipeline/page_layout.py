@@ -104,8 +104,8 @@ def _fewest_crossings(
         for index in indices:
             beside, near = (order[index - 1], before) if sweep % 2 == 0 else (order[index + 1], after)
             at = {node: rank for rank, node in enumerate(beside)}
-            own = {node: rank for rank, node in enumerate(order[index])}
-            order[index].sort(key=lambda node: _mean([at[n] for n in near.get(node, [])], own[node]))  # noqa: B023
+            wanted = {node: _mean([at[n] for n in near.get(node, [])], rank) for rank, node in enumerate(order[index])}
+            order[index].sort(key=wanted.__getitem__)
         if (count := crossings(order, after)) < fewest:
             best, fewest = order, count
     return best
