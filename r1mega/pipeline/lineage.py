@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from r1mega.pipeline.stage import Stage
 
 LINEAGE_FILE = "lineage.json"
 _PROGRAM = "program"
+_OF_MANIFEST = ("key", "seconds", "counts", "code")
 
 
 def write(
@@ -56,7 +57,7 @@ def build(
             nodes[made] = {"id": made, **{key: left[key] for key in ("kind", "path", "sha256")}, "stage": name}
             nodes[made]["counts"] = left["counts"]
             edges += [{"from": source, "to": made, "stage": name} for source in dict.fromkeys(read)]
-        line = {"name": name, "about": stage.spec.about, **{key: manifest[key] for key in ("key", "seconds", "counts")}}
+        line = {"name": name, "about": stage.spec.about, **{key: manifest[key] for key in _OF_MANIFEST}}
         lines.append(line | {"config": stage.described() | {"digest": manifest["config_digest"]}})
     return {"nodes": list(nodes.values()), "edges": edges, "stages": lines}
 
@@ -113,12 +114,3 @@ def problems(lineage: Mapping[str, Any]) -> list[str]:
         if name not in sources and (not ends or not ends <= sources):
             said.append(f"{name} does not reach its sources" + "".join(f"; {one} is none" for one in ends - sources))
     return said
-
-
-def made_without(lineage: Mapping[str, Any], source: str, kinds: Sequence[ArtifactKind]) -> list[str]:
-    """Artifacts of these kinds, made by stages, whose lineage does not hold `source`."""
-    return [
-        node["id"]
-        for node in lineage["nodes"]
-        if node["stage"] is not None and node["kind"] in kinds and source not in ancestors(lineage, node["id"])
-    ]

@@ -11,6 +11,7 @@ from r1mega.config.schema_pipeline import PipelineConfig, PipelineFinding
 from r1mega.pipeline.files import write_json
 from r1mega.pipeline.measure import history_of, metrics_of, samples_of
 from r1mega.pipeline.runner import Walk
+from r1mega.pipeline.stage import Stage
 
 REPORT_FILE = "report.json"
 RESAMPLES = 10_000  # ours
@@ -25,8 +26,8 @@ def write(root: Path, pipeline: PipelineConfig, walks: Sequence[Walk]) -> Path:
 
 
 def build(pipeline: PipelineConfig, walks: Sequence[Walk]) -> dict[str, Any]:
-    """`walks` are those of the seeds, in their order. Metrics are means over the seeds that have them; history and
-    samples are the first seed's."""
+    """`walks` are those of the seeds, in their order. Metrics are means over the seeds that have them; history is by
+    seed where there are several; samples are the first seed's."""
     by_seed = [{name: metrics_of(walk.stages[name]) for name in walk.done} for walk in walks]
     seconds = sum(manifest["seconds"] for walk in walks for manifest in walk.done.values())
     first = walks[0]
@@ -39,7 +40,7 @@ def build(pipeline: PipelineConfig, walks: Sequence[Walk]) -> dict[str, Any]:
                 "name": name,
                 "about": stage.spec.about,
                 "metrics": _means([measured[name] for measured in by_seed if name in measured]),
-                "history": history_of(stage),
+                "history": _histories([walk.stages[name] for walk in walks if name in walk.done]),
                 "samples": samples_of(stage),
             }
             for name, stage in first.stages.items()
@@ -47,6 +48,15 @@ def build(pipeline: PipelineConfig, walks: Sequence[Walk]) -> dict[str, Any]:
         ],
         "findings": [finding(name, claimed, by_seed) for name, claimed in pipeline.findings.items()],
     }
+
+
+def _histories(stages: Sequence[Stage]) -> dict[str, Any]:
+    """Metric -> points of one stage; where several seeds ran it metric -> seed -> points."""
+    found = {stage.place.seed: history_of(stage) for stage in stages}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    metrics = dict.fromkeys(metric for one in found.values() for metric in one)
+    return {metric: {str(seed): one[metric] for seed, one in found.items() if metric in one} for metric in metrics}
 
 
 def finding(name: str, claimed: PipelineFinding, by_seed: Sequence[Measured]) -> dict[str, Any]:
