@@ -10,6 +10,7 @@ NAME-KEY-DIGEST.bin      a record of _RECORD for each row
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 _VERSION = 1
 _RECORD = np.dtype([("offset", "<i8"), ("size", "<i4"), ("line", "<i4"), ("tokens", "<i4"), ("learned", "<i4")])
 _BATCH_ROWS, _BATCH_BYTES = 512, 4 << 20  # tokenized at once: enough for all threads of a tokenizer
-_DIGEST_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,5 @@ def _write_header(path: Path, header: dict[str, Any]) -> None:
 
 
 def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while part := file.read(_DIGEST_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

@@ -17,7 +17,6 @@ from r1mega.config.choices import ArtifactKind
 from r1mega.pipeline.files import read_json, write_json
 
 CACHE_FILE = "digests.json"
-_CHUNK = 1 << 22
 
 
 class Digests:
@@ -81,11 +80,8 @@ def of_values(values: Any) -> str:
 
 
 def _plain(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _placeless(path: Path, root: bytes) -> str:

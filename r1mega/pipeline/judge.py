@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from r1mega.config import io
-from r1mega.config.choices import Loop, StageRun
+from r1mega.config.choices import SAMPLING_LOOPS, StageRun
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema_pipeline import PipelineConfig
 from r1mega.pipeline import manifest as manifests
@@ -97,8 +97,7 @@ def can_go_on(stage: Stage) -> bool:
     anew."""
     if stage.spec.run is StageRun.tool or not (stage.dir / io.FILE_NAME).exists():
         return False
-    samples_alone = stage.general_config.stage.loop in (Loop.evaluate, Loop.reject)
-    if samples_alone:
+    if stage.general_config.stage.loop in SAMPLING_LOOPS:
         return (stage.dir / "samples.jsonl").exists()
     return any((stage.dir / "checkpoints").glob("update-*"))
 

@@ -24,18 +24,11 @@ _SECTIONS_WITHOUT_PART = ("cluster", "slurm", "plan", "pipeline", "logger", "che
 _FIELDS_WITHOUT_PART = {
     "run": ("dir", "name", "timeout_minutes", "resume", "resume_from", "allow_changes"),
     "sglang": (
-        "python",
-        "hosts",
-        "remote",
-        "first_port",
-        "first_gpu",
-        "startup_seconds",
-        "hang_seconds",
-        "restarts",
+        "python", "hosts", "remote", "first_port", "first_gpu", "startup_seconds", "hang_seconds", "restarts",
         "weights_dir",
-    ),  # fmt: skip
+    ),
     "benchmark": ("plot",),
-}
+}  # fmt: skip
 # Fields that name files: what they hold is part of a stage only where the stage calls them its inputs.
 FILE_FIELDS = (
     "model.hf", "model.tokenizer", "data.train", "data.eval", "data.general", "reward.helpful_model",
