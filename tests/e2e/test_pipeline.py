@@ -132,7 +132,6 @@ findings:
 UPDATES = 20
 
 
-@pytest.mark.extended
 def test_a_training_and_its_evaluation(checkpoint, tmp_path: Path) -> None:
     """The training is killed after its first checkpoint and goes on from it."""
     questions = tmp_path / "questions.jsonl"

@@ -2,61 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterable
 from pathlib import Path
 
-import psutil
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-import make_toy
-from r1mega.data.order import EpochOrder
 from r1mega.data.sft import iter_sft, tokenize_sft
-from r1mega.data.toy_tokenizer import save_tokenizer
 from r1mega.loop.wire_evaluate import fingerprint
+
+sys.path.insert(0, str(Path(__file__).parent))
+from adder import SUMS, kill_after_samples, train_adder, write_rows
 
 pytestmark = pytest.mark.timeout(900)
 
-SUMS = [(a, b) for a in range(10) for b in range(10)]
 SAMPLES, ASKED = 6, 10
 TEXT = {"capture_output": True, "text": True}
 
 
-def write_rows(path: Path, rows: Iterable[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model after a few updates of SFT: it knows what an answer looks like, and some of the sums."""
-    folder = tmp_path_factory.mktemp("model")
-    make_toy.write_base_config(folder / "base_config", "qwen2")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base_config")
-    rows = [{"prompt": f"{a}+{b}", "response": f"<think>{a}+{b}</think> <answer>{a + b}</answer>"} for a, b in SUMS]
-    examples = tokenize_sft(list(iter_sft(write_rows(folder / "sums.jsonl", rows))), tokenizer, "r1_zero", 64)
-    torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "base_config"))
-    optimizer = torch.optim.AdamW(made.parameters(), lr=5e-3, weight_decay=0.0)
-    order = EpochOrder(len(examples), 0, True, "sums")
-    for _ in range(60):
-        batch = [examples[index] for index in order.next(32)]
-        longest = max(len(example.token_ids) for example in batch)
-        ids = torch.tensor([(*e.token_ids, *(0,) * (longest - len(e.token_ids))) for e in batch])
-        mask = torch.tensor([(*e.loss_mask, *(0,) * (longest - len(e.loss_mask))) for e in batch])
-        made(input_ids=ids, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    made.save_pretrained(folder / "hf")
-    save_tokenizer(tokenizer, folder / "hf")
-    return folder / "hf"
+    return train_adder(tmp_path_factory.mktemp("model"), SUMS)
 
 
 @pytest.fixture(scope="module")
@@ -130,24 +98,9 @@ def test_killed_half_way_and_resumed_it_gives_the_same_rows(
     model: Path, questions: Path, whole: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    process = subprocess.Popen(
-        command(model, questions, run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
-    limit = time.monotonic() + 500
-    path = run_dir / "samples.jsonl"
-    while not path.exists() or path.read_bytes().count(b"\n") < 20:
-        assert time.monotonic() < limit and process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.send_signal(signal.SIGKILL)
-    process.wait(timeout=20)
-    whole_lines = path.read_bytes().count(b"\n")
-    assert 20 <= whole_lines < ASKED * SAMPLES
+    lines = kill_after_samples(command(model, questions, run_dir), run_dir / "samples.jsonl", 20)
+    assert 20 <= lines < ASKED * SAMPLES
     assert not (run_dir / "rejection.json").exists()
-    with path.open("ab") as file:
-        file.write(b'{"problem": 3, "samp')  # what a kill within a write leaves
     done = reject(model, questions, run_dir, "run.resume=true")
     assert done.returncode == 0, done.stderr
     assert "samples kept" in done.stdout
