@@ -7,6 +7,8 @@ import unicodedata
 
 import regex
 
+from r1mega.reward.answer import thoughts
+
 # A Chinese character is a word, and so is a run of letters and digits of any other script; all else separates.
 _WORD = regex.compile(r"\p{Han}|[\p{L}\p{M}\p{N}--\p{Han}]+", regex.VERSION1)
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
@@ -30,10 +32,7 @@ def normalised(text: str) -> str:
 def thinking(text: str) -> str:
     """The chain of thought: up to the first `</think>`, without the `<think>` that opened it. A prompt may have opened
     it already. A text without either tag has none."""
-    if OPEN not in text and CLOSE not in text:
-        return ""
-    before = text.partition(CLOSE)[0]
-    return before.partition(OPEN)[2] if OPEN in before else before
+    return thoughts(text) if OPEN in text or CLOSE in text else ""
 
 
 def longest_paragraph(text: str) -> int:
