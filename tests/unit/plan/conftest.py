@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +41,11 @@ def planned(by_table: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, 
     monkeypatch.setattr(sys, "argv", ["r1mega"])
 
     def ask(*arguments: str) -> tuple[int, str, str]:
+        root = logging.getLogger()
+        level, handlers = root.level, list(root.handlers)
         code = cli.main(["plan", *arguments])
+        root.setLevel(level)  # Hydra has set up logging, to a stream that is closed with this test
+        root.handlers[:] = handlers
         shown = capsys.readouterr()
         return code, shown.out, shown.err
 
