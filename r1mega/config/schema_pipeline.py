@@ -91,6 +91,9 @@ class PipelineConfig:
     run.dir/stages, those of another one N in run.dir/seeds/N/stages."""
     overrides: list[str] = field(default_factory=list)
     """Overrides of all `train` and `evaluate` stages, before a stage's own."""
+    at_once: int = 1
+    """Stages that run at a time on this machine; each takes the devices and ports that its configuration names. As
+    Slurm jobs all run at once whose inputs are there."""
     only: str | None = None
     """Run this stage alone, whose inputs have to be there."""
     status: bool = False

@@ -56,81 +56,76 @@ class Ended:
     why: str = ""
 
 
-def run(
-    command: Sequence[str],
-    log: Path,
-    *,
-    minutes: float | None,
-    signals: Signals,
-    ask: Callable[[str], None] | None = None,
-    tick: Callable[[], None] = lambda: None,
-    keep_open: Sequence[int] = (),
-) -> Ended:
-    """Run a command to its end, its output added to `log`.
+class Child:
+    """A command that runs, its output added to `log`, until `check` has said how it ended.
 
     Whatever ends this process ends the child with all it started, and so does a limit of `minutes`. On SIGUSR1 `ask`
     is called, which asks the child for a checkpoint; without it the child is ended. `keep_open` are descriptors that
     stay open as long as the child's leash lives: locks.
     """
-    library = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(part for part in (library, os.environ.get("PYTHONPATH", "")) if part)
-    env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "R1MEGA_LAUNCHER": str(os.getpid())}
-    env.pop("R1MEGA_GRACE", None)
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-I", leash.__file__, *command],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            env=env,
-            process_group=0,
-            pass_fds=tuple(keep_open),
-        )
-    try:
-        return _watch(process, minutes, signals, ask, tick)
-    finally:
-        if process.poll() is None:
-            process.terminate()  # the leash, which ends the whole group
-        process.wait(timeout=GRACE_SECONDS)
 
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        minutes: float | None,
+        signals: Signals,
+        ask: Callable[[str], None] | None = None,
+        keep_open: Sequence[int] = (),
+    ) -> None:
+        self._signals, self._ask, self._asked_at = signals, ask, -1.0
+        self._told: Ended | None = None
+        self.since = time.monotonic()
+        self._minutes, self._until = minutes, self.since + 60 * minutes if minutes is not None else float("inf")
+        library = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(part for part in (library, os.environ.get("PYTHONPATH", "")) if part)
+        env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "R1MEGA_LAUNCHER": str(os.getpid())}
+        env.pop("R1MEGA_GRACE", None)
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", leash.__file__, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=env,
+                process_group=0,
+                pass_fds=tuple(keep_open),
+            )
 
-def _watch(
-    process: subprocess.Popen[bytes],
-    minutes: float | None,
-    signals: Signals,
-    ask: Callable[[str], None] | None,
-    tick: Callable[[], None],
-) -> Ended:
-    asked_at, began = -1.0, time.monotonic()
-    while process.poll() is None:
-        if signals.ends:
-            _tell(process, signal.SIGTERM)
-            return Ended(128 + signals.ends[0], f"ended by {signal.Signals(signals.ends[0]).name}")
-        if signals.stops and ask is None:
-            _tell(process, signal.SIGTERM)
-            return Ended(STOPPED, "asked to stop")
-        if signals.stops and ask is not None and time.monotonic() > asked_at + 1.0:
-            asked_at = time.monotonic()  # again and again: a run that just starts forgets what was asked before
-            ask("SIGUSR1")
-        if minutes is not None and time.monotonic() > began + 60 * minutes:
-            _tell(process, signal.SIGTERM)
-            return Ended(124, f"took longer than its limit of {minutes:g} minutes")
-        tick()
-        time.sleep(POLL_SECONDS)
-    status = process.returncode
-    if status == STOPPED:
-        return Ended(STOPPED, "stopped as asked, after a checkpoint")
-    return Ended(status if status >= 0 else 128 - status)
+    def check(self) -> Ended | None:
+        """How it has ended; None while it runs. To be called again and again: what is to be told to it is told here."""
+        status, now = self._process.poll(), time.monotonic()
+        if self._told is not None:
+            if status is None and now < self._until:
+                return None
+            self.close()
+            return self._told
+        if status is not None:
+            if status == STOPPED:
+                return Ended(STOPPED, "stopped as asked, after a checkpoint")
+            return Ended(status if status >= 0 else 128 - status)
+        if self._signals.ends:
+            number = self._signals.ends[0]
+            self._tell(Ended(128 + number, f"ended by {signal.Signals(number).name}"))
+        elif self._signals.stops and self._ask is None:
+            self._tell(Ended(STOPPED, "asked to stop"))
+        elif now > self._until:
+            self._tell(Ended(124, f"took longer than its limit of {self._minutes:g} minutes"))
+        elif self._signals.stops and self._ask is not None and now > self._asked_at + 1.0:
+            self._asked_at = now  # again and again: a run that just starts forgets what was asked before
+            self._ask("SIGUSR1")
+        return None
 
+    def close(self) -> None:
+        """End what is left of it."""
+        if self._process.poll() is None:
+            self._process.terminate()  # the leash, which ends the whole group
+        self._process.wait(timeout=GRACE_SECONDS)
 
-def _tell(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Tell the program to end, and wait; the leash ends what is left."""
-    _signal(process, number)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=GRACE_SECONDS)
-
-
-def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for program in psutil.Process(process.pid).children():
-            program.send_signal(number)
+    def _tell(self, ended: Ended) -> None:
+        """Tell the program to end; the leash ends what is left after a while."""
+        self._told, self._until = ended, time.monotonic() + GRACE_SECONDS
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for program in psutil.Process(self._process.pid).children():
+                program.send_signal(signal.SIGTERM)

@@ -24,6 +24,26 @@ from r1mega.pipeline.stage import Stage
 ASIDE = "aside"
 
 
+@dataclass(frozen=True)
+class Running:
+    """A stage that runs.
+
+    Args:
+        before: seconds that starts before this one took.
+    """
+
+    stage: Stage
+    verdict: Verdict
+    manifest: dict[str, Any]
+    process: child.Child
+    before: float
+
+    @property
+    def seconds(self) -> float:
+        """That the stage has taken so far, starts before this one included."""
+        return self.before + time.monotonic() - self.process.since
+
+
 @dataclass
 class Walk:
     """The stages of one seed, and what has become of each. `shows` is called whenever something has changed, and
@@ -45,10 +65,9 @@ class Walk:
     elsewhere: Container[str] = ()
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     done: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    running: str | None = None
-    since: float = 0.0
+    running: dict[str, Running] = field(default_factory=dict)
     ran: list[str] = field(default_factory=list)
-    failed: str | None = None
+    failed: list[str] = field(default_factory=list)
 
     def look(self, names: Sequence[str] | None = None) -> None:
         """Judge stages without running any: all, or these after all that they need."""
@@ -57,22 +76,46 @@ class Walk:
                 self._judge(stage)
 
     def run(self, only: str | None = None) -> int:
-        """Run what has to be run, `only` this stage or all: 0, or the code that the first failed one ended with."""
-        for name, stage in self.stages.items():
-            if self.signals.ends or self.signals.stops:
-                return 128 + self.signals.ends[0] if self.signals.ends else STOPPED
+        """Run what has to be run, `only` this stage or all, `pipeline.at_once` of them at a time: 0, or the code that
+        the first failed one ended with. After a failure none is begun; those that run come to their end."""
+        left, code = dict(self.stages), 0
+        try:
+            while self.running or (left and not code and not self._told()):
+                if not code and not self._told():
+                    code = self._begin(left, only)
+                failed = self._collect()
+                code = code or failed
+                if self.running:
+                    self.shows(self)
+                    time.sleep(child.POLL_SECONDS)
+        finally:
+            for one in self.running.values():
+                one.process.close()
+        return code or self._told()
+
+    def _told(self) -> int:
+        """The exit code of a pipeline that was told to end; 0: it was not."""
+        if self.signals.ends:
+            return 128 + self.signals.ends[0]
+        return STOPPED if self.signals.stops else 0
+
+    def _begin(self, left: dict[str, Stage], only: str | None) -> int:
+        """Take from `left` what is done, or can begin now; 0, or 2 where a stage waits for what nobody makes."""
+        for name, stage in list(left.items()):
+            if len(self.running) >= self.pipeline.at_once:
+                return 0
+            if any(before in left or before in self.running for before in stage.before):
+                continue
+            del left[name]
             verdict = self._judge(stage)
             if only is not None and name != only:
                 continue
             if verdict.need is Need.wait:  # of a stage alone; those before it are run else
                 print(f"r1mega: stage {name} waits {verdict.why}", file=sys.stderr)
                 return 2
-            if verdict.need is Need.nothing:
-                self.shows(self)
-                continue
-            code = self._run_one(stage, verdict)
-            if code:
-                return code
+            if verdict.need is not Need.nothing:
+                self._start(stage, verdict)
+            self.shows(self)
         return 0
 
     def _judge(self, stage: Stage) -> Verdict:
@@ -83,40 +126,48 @@ class Walk:
             self.done[stage.name] = verdict.manifest
         return verdict
 
-    def _run_one(self, stage: Stage, verdict: Verdict) -> int:
+    def _start(self, stage: Stage, verdict: Verdict) -> None:
         assert verdict.inputs is not None
         goes_on = verdict.need is Need.go_on
         if not goes_on:
             move_aside(stage)
         before = _spent(stage) if goes_on else 0.0
         started = manifest.begin(stage, verdict.key, verdict.inputs, before)
-        self.running, self.since = stage.name, time.monotonic()
-        self.shows(self)
-        ended = child.run(
+        process = child.Child(
             self.command(stage, goes_on),
             stage.dir / LOG_FILE,
             minutes=stage.spec.minutes,
             signals=self.signals,
             ask=(lambda why: stop.ask(stage.dir, why)) if stage.spec.run is StageRun.train else None,
-            tick=lambda: self.shows(self),
             keep_open=self.keep_open,
         )
-        seconds = before + time.monotonic() - self.since
-        self.running = None
+        self.running[stage.name] = Running(stage, verdict, started, process, before)
+
+    def _collect(self) -> int:
+        """Take note of every stage that has ended: 0, or the code of the first that failed."""
+        codes = []
+        for one in list(self.running.values()):
+            ended = one.process.check()
+            if ended is not None:
+                del self.running[one.stage.name]
+                codes.append(self._conclude(one, ended))
+                self.shows(self)
+        return next((code for code in codes if code), 0)
+
+    def _conclude(self, one: Running, ended: child.Ended) -> int:
+        stage, verdict, seconds = one.stage, one.verdict, one.seconds
         why = ended.why or f"exit code {ended.code}"
         if ended.code == 0:
             try:
-                self.done[stage.name] = finished = manifest.finish(stage, started, seconds, self.digests)
+                self.done[stage.name] = finished = manifest.finish(stage, one.manifest, seconds, self.digests)
             except ValueError as error:
                 why, ended = str(error), child.Ended(1)
             else:
                 self.verdicts[stage.name] = Verdict(Need.nothing, "", verdict.key, verdict.inputs, finished)
                 self.ran.append(stage.name)
-                self.shows(self)
                 return 0
-        manifest.fail(stage, started, why, seconds)
-        self.failed = stage.name
-        self.shows(self)
+        manifest.fail(stage, one.manifest, why, seconds)
+        self.failed.append(stage.name)
         self._say_why(stage, why, ended)
         return ended.code
 

@@ -49,7 +49,7 @@ class Display:
         """Show what has changed."""
         if self._live is not None:
             now = time.monotonic()
-            if walk.running is None or now > self._looked + _SECONDS:
+            if not walk.running or now > self._looked + _SECONDS:
                 self._looked = now
                 self._live.update(table(walk), refresh=True)
             return
@@ -58,7 +58,7 @@ class Display:
             state = _state(walk, name)[0]
             if self._said.get(f"{seed} {name}") == state:
                 continue
-            if state == Need.wait or (state in (Need.begin, Need.again, Need.go_on) and walk.running != name):
+            if state == Need.wait or (state in (Need.begin, Need.again, Need.go_on) and name not in walk.running):
                 continue
             self._said[f"{seed} {name}"] = state
             print(f"{name}: {' '.join(part for part in _state(walk, name) if part)}", file=self._file, flush=True)
@@ -76,7 +76,7 @@ def table(walk: Walk, *, ascii_only: bool = False) -> Table:
     for name, stage in walk.stages.items():
         state, seconds, what = _state(walk, name)
         verdict = walk.verdicts.get(name)
-        style = "cyan" if walk.running == name else "red" if walk.failed == name else ""
+        style = "cyan" if name in walk.running else "red" if name in walk.failed else ""
         style = style or (_STYLES.get(verdict.need, "") if verdict else "")
         runs = stage.spec.experiment or stage.spec.tool or ""
         shown = Text(state, style=style)
@@ -87,9 +87,9 @@ def table(walk: Walk, *, ascii_only: bool = False) -> Table:
 def _state(walk: Walk, name: str) -> tuple[str, str, str]:
     """State, time and a remark."""
     stage, verdict = walk.stages[name], walk.verdicts.get(name)
-    if walk.running == name:
-        return "running", format_seconds(time.monotonic() - walk.since), _progress(stage)
-    if walk.failed == name:
+    if name in walk.running:
+        return "running", format_seconds(walk.running[name].seconds), _progress(stage)
+    if name in walk.failed:
         return "failed", "", "see its log"
     if verdict is None:
         return "", "", stage.spec.about

@@ -25,7 +25,11 @@ out, seed, fold, *inputs = sys.argv[1:]
 texts = [Path(name).read_text() for name in inputs]
 if any("FAIL" in text for text in texts):
     sys.exit("told to fail")
+with Path(__file__).with_name("times").open("a") as times:
+    print(out.split("/")[-2], "begins", file=times)
 time.sleep(float(Path(__file__).with_name("seconds").read_text()))
+with Path(__file__).with_name("times").open("a") as times:
+    print(out.split("/")[-2], "ends", file=times)
 size = sum(map(len, texts))
 score = size % int(fold) if int(fold) else size
 Path(out).write_text(json.dumps({"metrics": {"score": score, "seed": int(seed)}}) + "\\n")
@@ -91,9 +95,13 @@ class Stubs:
         """What report.json says."""
         return json.loads((self.root / "report.json").read_text())
 
-    def starts(self) -> dict[str, int]:
-        """Stage -> when its directory was made, which tells one start from another."""
-        return {name: (self.root / "stages" / name).stat().st_ino for name in self.pipeline.stages}
+    def times(self) -> list[str]:
+        """`STAGE begins` and `STAGE ends` of all stages, as they came."""
+        return (self.place / "times").read_text().splitlines()
+
+    def starts(self, *names: str) -> dict[str, int]:
+        """Stage, all or these -> its directory's inode, which tells one start from another."""
+        return {name: (self.root / "stages" / name).stat().st_ino for name in names or self.pipeline.stages}
 
     def ran_again(self, before: dict[str, int]) -> set[str]:
         """Stages that have run since."""

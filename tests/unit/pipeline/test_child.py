@@ -31,9 +31,13 @@ sys.exit(75)
 """
 
 
-def run(program: str, place: Path, signals: Signals, **more) -> child.Ended:
+def run(program: str, place: Path, signals: Signals, *, minutes: float = 5.0, tick=lambda: None, **more) -> child.Ended:
     command = [sys.executable, "-S", "-c", program, str(place / "told")]
-    return child.run(command, place / "log", minutes=5.0, signals=signals, **more)
+    process = child.Child(command, place / "log", minutes=minutes, signals=signals, **more)
+    while (ended := process.check()) is None:
+        tick()
+        time.sleep(child.POLL_SECONDS)
+    return ended
 
 
 @pytest.mark.parametrize(("code", "expected"), [("3", 3), ("0", 0)])

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -115,6 +119,65 @@ def test_a_stage_that_takes_too_long_is_ended(stubs, capfd) -> None:
     (stubs.place / "seconds").write_text("60")
     assert stubs.run() == 124
     assert "took longer than its limit of 0.02 minutes" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("at_once", "beside"), [(1, False), (2, True)])
+def test_stages_that_do_not_wait_for_each_other_may_run_beside_each_other(stubs, at_once: int, beside: bool) -> None:
+    stubs.diamond()
+    stubs.stage("third", "base.out")
+    stubs.pipeline.at_once = at_once
+    (stubs.place / "seconds").write_text("1")
+    assert stubs.run() == 0
+    times = stubs.times()
+    assert times[:2] == ["base begins", "base ends"]
+    assert {times[2], times[3]} == ({"left begins", "right begins"} if beside else {"left begins", "left ends"})
+    running: set[str] = set()
+    for line in times:
+        name, what = line.split()
+        (running.add if what == "begins" else running.remove)(name)
+        assert len(running) <= at_once
+    assert times.index("join begins") > max(times.index("left ends"), times.index("right ends"))
+    assert {name: stubs.manifest(name)["status"] for name in stubs.pipeline.stages} == dict.fromkeys(
+        stubs.pipeline.stages, "done"
+    )
+
+
+def test_what_runs_beside_a_stage_that_fails_comes_to_its_end_and_nothing_else_begins(stubs, capfd) -> None:
+    stubs.diamond()
+    stubs.stage("last", "left.out")
+    stubs.pipeline.at_once = 2
+    (stubs.place / "seconds").write_text("2")
+    (stubs.place / "more.jsonl").write_text("FAIL")
+    assert stubs.run() == 1
+    assert "stage right: exit code 1" in capfd.readouterr().err
+    assert stubs.manifest("left")["status"] == "done" and stubs.manifest("right")["status"] == "failed"
+    assert not (stubs.root / "stages" / "last").exists() and not (stubs.root / "stages" / "join").exists()
+    (stubs.place / "more.jsonl").write_text("mended")
+    before = stubs.starts("base", "left")
+    assert stubs.run() == 0
+    assert stubs.starts("base", "left") == before
+
+
+def test_a_signal_ends_all_that_run(stubs) -> None:
+    stubs.diamond()
+    stubs.pipeline.at_once = 2
+    (stubs.place / "seconds").write_text("3")
+    (stubs.place / "times").touch()
+
+    def signal_when_two_run() -> None:
+        until = time.monotonic() + 60
+        while not {"left begins", "right begins"} <= set(stubs.times()) and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=signal_when_two_run)
+    sender.start()
+    assert stubs.run() == 143
+    sender.join()
+    assert [stubs.manifest(name)["status"] for name in ("base", "left", "right")] == ["done", "failed", "failed"]
+    assert "left ends" not in stubs.times() and "right ends" not in stubs.times()
+    (stubs.place / "seconds").write_text("0")
+    assert stubs.run() == 0
 
 
 def test_one_stage_alone(stubs, capfd) -> None:
