@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 TEACHER: dict[str, Any] = {"num_hidden_layers": 3}
-STUDENT: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 144, "num_hidden_layers": 2}
+STUDENT: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
 SIZES = {
     "eval": (512, "held-out additions"),
     "train": (4096, "additions for RL"),
-    "reject": (512, "of these, for rejection sampling"),
+    "reject": (2048, "of these, for rejection sampling"),
     "cold_start": (512, "rows of the cold start"),
     "base": (12800, "rows of the base models' corpus"),
     "non_reasoning": (512, "rows of the curated set that are no additions"),
