@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from r1mega.config.check import check, longest_response
@@ -14,7 +15,9 @@ from r1mega.config.choices import GENERATING_LOOPS, DataFormat, Loop
 from r1mega.config.faults import ConfigError, Fault
 from r1mega.config.schema import Config
 from r1mega.data.jsonl import read_rows
+from r1mega.data.mixture import read_general
 from r1mega.data.preference import READERS
+from r1mega.data.prompts import read_qa
 from r1mega.data.sft import iter_sft
 from r1mega.data.sft_index import is_indexed
 from r1mega.launch.check_card import card_fields, check_card
@@ -70,18 +73,20 @@ def _check_rows(config: Config) -> list[str]:
         return _check_preferences(config)
     if data.format is DataFormat.sft:
         return _check_supervised(config)
-    qa_keys = (data.question_key, data.answer_key)
-    if config.stage.loop is Loop.reject:
-        qa_keys = qa_keys[:1]  # the domain says whether there is an answer: launch.rejection reads the rows
-    files = [("data.train", data.train, qa_keys)]
+    read_questions: Callable[[str], object] = partial(
+        read_qa, question_key=data.question_key, answer_key=data.answer_key
+    )
+    if config.stage.loop is Loop.reject:  # the domain says whether there is an answer: launch.rejection reads the rows
+        read_questions = partial(read_rows, text_keys=(data.question_key,))
+    files = [("data.train", data.train, read_questions)]
     if config.stage.loop is Loop.rl:
-        files += [("data.eval", data.eval, qa_keys)] if data.eval is not None else []
-        files += [("data.general", data.general, qa_keys[:1])] if data.general is not None else []
+        read_others = partial(read_general, question_key=data.question_key)
+        files += [("data.eval", data.eval, read_questions), ("data.general", data.general, read_others)]
     faults = []
-    for field, path, keys in files:
+    for field, path, read in files:
         try:
             if path:
-                read_rows(path, keys)
+                read(path)
         except (ValueError, OSError) as error:
             faults.append(f"{field}: {error}; correct the file or {field}, or set data.question_key, data.answer_key")
     return faults

@@ -96,6 +96,21 @@ def test_malformed_rows_are_named_by_line(faults: Callable[..., list[str]], inpu
     assert message.endswith("; correct the file or data.train, or set data.question_key, data.answer_key")
 
 
+def test_questions_of_every_domain_pass(faults: Callable[..., list[str]], inputs) -> None:
+    """Several right answers, a number, options, tests in place of an answer; and one without its tests does not pass."""
+    rows = [
+        {"question": "a", "answer": ["1/2", "0.5"]},
+        {"question": "b", "answer": 3},
+        {"question": "c", "answer": "B", "domain": "choice", "options": ["w", "x", "y", "z"]},
+        {"question": "d", "domain": "code", "tests": [{"input": "1", "output": "2"}]},
+    ]
+    inputs.qa.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert faults() == []
+    inputs.qa.write_text(json.dumps({"question": "d", "domain": "code"}) + "\n")
+    (message,) = faults()
+    assert "qa.jsonl:1: 'tests' must be a list" in message
+
+
 def test_a_held_out_file_is_read_too(faults: Callable[..., list[str]], inputs) -> None:
     (message,) = faults(f"data.eval={inputs.sft}")
     assert message.startswith(f"data.eval: {inputs.sft}:1: ")
