@@ -116,7 +116,7 @@ def _sentence(page: Page) -> str:
     names = [stage.name for stage in page.stages]
     seeds = listed([str(seed) for seed in page.seeds])
     with_seeds = f", with seed{'s' if len(page.seeds) > 1 else ''} {seeds}" if seeds else ""
-    took = "" if page.seconds is None else f", in {format_seconds(page.seconds)}"
+    took = "" if page.seconds is None else f", whose times add up to {format_seconds(page.seconds)}"
     which = f": {listed(names)}" if 0 < len(names) <= _MOST_NAMED else ""
     return f"A run of the DeepSeek-R1 pipeline through {plural(len(names), 'stage')}{with_seeds}{took}{which}."
 

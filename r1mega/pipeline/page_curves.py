@@ -12,6 +12,7 @@ from r1mega.pipeline.page_markup import Element, details, el
 from r1mega.pipeline.page_text import anchor, label, unit_of
 
 _ACCURACY = re.compile(r"accura|(pass|cons)(@|_at_)\d")
+_LOSS = re.compile(r"(^|/)loss$")
 _LENGTH = re.compile(r"(response|output|answer)_?(tokens|length|len)(_mean)?$|(^|/)(mean_)?(length|tokens)$")
 # What is measured on held-out questions is what a chart is about; it stands first and on top.
 _HELD_OUT = re.compile(r"^(eval|test|held)|held.?out|pass(@|_at_)1$")
@@ -48,7 +49,7 @@ def curves(stages: Sequence[Stage], num_seeds: int) -> Element:
         )
         if main:
             section.append(
-                el("div", *(_drawn(panel, span, reaches[panel[0]], is_small=False) for panel in main), cls="panels")
+                el("div", *(_drawn(panel, span, reaches.get(panel[0]), is_small=False) for panel in main), cls="panels")
             )
         if others:
             drawn = el("div", *(_drawn(panel, span, None, is_small=True) for panel in others), cls="panels")
@@ -65,14 +66,18 @@ def curves(stages: Sequence[Stage], num_seeds: int) -> Element:
 
 
 def _panels(stage: Stage) -> tuple[list[Panel], list[Panel]]:
-    """The charts of the paper's figures, and one for each other metric that has a value."""
+    """The charts of the paper's figures, or the loss where there is neither, and one for each other metric that has a
+    value."""
     lines = [Line(name, by_seed, _LEGENDS.get(name, "")) for name, by_seed in stage.history.items()]
     lines = [line for line in lines if line.values()]
     lines.sort(key=lambda line: not _HELD_OUT.search(line.name.lower()))  # stable: else in the order of the report
     accuracy = [line for line in lines if _ACCURACY.search(line.name.lower())]
     length = [line for line in lines if _LENGTH.search(line.name.lower())]
     main = [("Accuracy", accuracy), ("Mean response length, tokens", length)]
-    rest = [line for line in lines if line not in accuracy and line not in length]
+    if not accuracy and not length:
+        main = [("Loss", [line for line in lines if _LOSS.search(line.name)])]
+    shown = [line for _, panel in main for line in panel]
+    rest = [line for line in lines if line not in shown]
     return [(title, panel) for title, panel in main if panel], [(label(line.name), [line]) for line in rest]
 
 
