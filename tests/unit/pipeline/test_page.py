@@ -233,6 +233,17 @@ def test_curves_of_one_of_several_seeds_say_so(draw: Callable[..., Reader]) -> N
     assert "The run has 3 seeds; where one line is drawn, report.json gives that of one" in draw(report).all_text()
 
 
+def test_a_stage_without_accuracy_shows_its_loss(draw: Callable[..., Reader]) -> None:
+    history = {"train/loss": [[1, 2.5], [2, 1.5]], "train/lr": [[1, 0.1], [2, 0.2]]}
+    stages = [{"name": "sft", "about": "", "metrics": {}, "history": history}]
+    report = {"title": "t", "seeds": [0], "seconds": 1, "findings": [], "stages": stages}
+    text = draw(report).source
+    assert text.index(">Loss<") < text.index("Also recorded: learning rate")
+    history["eval/pass_at_1"] = [[1, 0.2], [2, 0.8]]
+    text = draw(report).source
+    assert ">Loss<" not in text and "Also recorded: loss, learning rate" in text
+
+
 def test_keys_without_a_place_are_named(draw: Callable[..., Reader]) -> None:
     report = page_sample.report()
     report["findings"][1]["p_value"] = 0.01
