@@ -44,4 +44,6 @@ def _undeclared(stage: Stage, config: Config) -> Iterator[Fault]:
         if value or field in wanted:
             constraint = "is a file that the stage reads, and not among its inputs"
             remedy = f"write it there ({field}: SOURCE or STAGE.OUTPUT), or set {field}=null in its overrides"
+            if isinstance(value, list):
+                remedy = f"write each there under a NAME and {field}=[{{NAME}}] in its overrides, or set {field}=[]"
             yield Fault(field, str(value or "nothing"), constraint, remedy)

@@ -32,7 +32,8 @@ _FIELDS_WITHOUT_PART = {
 # Fields that name files: what they hold is part of a stage only where the stage calls them its inputs.
 FILE_FIELDS = (
     "model.hf", "model.tokenizer", "data.train", "data.eval", "data.general", "reward.helpful_model",
-    "reward.safety_model", "benchmark.data", "benchmark.standings", "curate.examples", "run.resume_from",
+    "reward.safety_model", "benchmark.data", "benchmark.standings", "curate.examples", "curate.benchmarks",
+    "run.resume_from",
 )  # fmt: skip
 # Stand for the paths of inputs and for the stage's directory where nothing may depend on them.
 _INPUT, _STAGE = "pipeline-input", "pipeline-stage"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 from hydra import compose
-from omegaconf import DictConfig
 
 from r1mega.config import io
 from r1mega.config.check_pipeline import order, stage_before
@@ -97,9 +97,23 @@ def test_other_commands_refuse_a_pipeline(capsys) -> None:
     assert "r1mega pipeline alone reads it" in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_input_is_told(stages, composed: Callable[..., DictConfig]) -> None:
+@pytest.mark.parametrize(
+    ("name", "field", "given"),
+    [("reasoning_rl", "data.eval", "held_out.jsonl"), ("rejection_sampling", "curate.benchmarks", "[aime.jsonl]")],
+)
+def test_a_file_that_is_no_input_is_told(stages, name: str, field: str, given: str) -> None:
     _, found = stages("r1_671b")
-    stage = found["reasoning_rl"]
-    stage = Stage(stage.name, stage.spec, stage.place, ["data.eval=held_out.jsonl"], stage.paths, stage.compose)
-    (fault,) = faults.find({stage.name: stage})
-    assert fault.startswith("stage reasoning_rl: data.eval: got held_out.jsonl; is a file that the stage reads")
+    stage = found[name]
+    stage = Stage(name, stage.spec, stage.place, [f"{field}={given}"], stage.paths, stage.compose)
+    (fault,) = faults.find({name: stage})
+    assert fault.startswith(f"stage {name}: {field}: got ") and "is a file that the stage reads" in fault
+
+
+def test_files_of_a_list_are_inputs_by_name(stages) -> None:
+    _, found = stages("r1_671b")
+    stage, path = found["rejection_sampling"], found["rejection_sampling"].place.root / "aime.jsonl"
+    spec = replace(stage.spec, inputs={**stage.spec.inputs, "aime": "aime2024"})
+    spec.overrides = [*spec.overrides, "curate.benchmarks=[{aime}]"]
+    stage = Stage(stage.name, spec, stage.place, stage.shared, {**stage.paths, "aime": path}, stage.compose)
+    assert faults.find({stage.name: stage}) == []
+    assert stage.config().curate.benchmarks == [str(path)]

@@ -97,7 +97,7 @@ def test_malformed_rows_are_named_by_line(faults: Callable[..., list[str]], inpu
 
 
 def test_questions_of_every_domain_pass(faults: Callable[..., list[str]], inputs) -> None:
-    """Several right answers, a number, options, tests in place of an answer; and one without its tests does not pass."""
+    """Several right answers, a number, options, tests in place of an answer; a program without its tests does not."""
     rows = [
         {"question": "a", "answer": ["1/2", "0.5"]},
         {"question": "b", "answer": 3},
