@@ -6,6 +6,7 @@ import functools
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -28,8 +29,12 @@ RIGHT = hostile.tagged(f"{3 * int(hostile.NUMBER)}/3")
 
 def children() -> set[int]:
     """Processes of this one, but for multiprocessing's own, which stays to the end."""
-    found = psutil.Process().children(recursive=True)
-    return {child.pid for child in found if not any("resource_tracker" in word for word in child.cmdline())}
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # a zombie among them: it has ended, and leaks nothing but its number
+            if not any("resource_tracker" in word for word in child.cmdline()):
+                found.add(child.pid)
+    return found
 
 
 @pytest.fixture(scope="module")
