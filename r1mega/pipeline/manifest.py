@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -71,11 +72,12 @@ def fail(stage: Stage, manifest: dict[str, Any], why: str, seconds: float) -> No
 
 
 def finish(stage: Stage, manifest: dict[str, Any], seconds: float, digests: Digests) -> dict[str, Any]:
-    """Say what the stage has left. Raises ValueError naming outputs that are not there."""
+    """Say what the stage has left. Raises ValueError naming outputs that are not there, or a report that is none."""
     outputs = outputs_of(stage.spec)
     missing = [f"{name} ({stage.output(name)})" for name in outputs if not stage.output(name).exists()]
     if missing:
         raise ValueError(f"it ended well, and has not left its outputs: {', '.join(missing)}")
+    _require_reports([stage.output(name) for name, output in outputs.items() if output.kind is ArtifactKind.report])
     found = {
         name: {
             "path": shown(stage.output(name), stage.place.root),
@@ -90,6 +92,19 @@ def finish(stage: Stage, manifest: dict[str, Any], seconds: float, digests: Dige
     ended["counts"] = _counts(stage, found)
     write_json(stage.dir / MANIFEST_FILE, ended)
     return ended
+
+
+def _require_reports(paths: Sequence[Path]) -> None:
+    for path in paths:
+        try:
+            found = json.loads(path.read_bytes())
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"it ended well, and has left no report: {path}: must hold a JSON object ({error})"
+            ) from None
+        if not isinstance(found, dict):
+            kind = type(found).__name__
+            raise ValueError(f"it ended well, and has left no report: {path}: must hold a JSON object, got a {kind}")
 
 
 def is_whole(stage: Stage, manifest: Mapping[str, Any], digests: Digests) -> bool:

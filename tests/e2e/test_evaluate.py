@@ -98,8 +98,8 @@ def test_a_training_checkpoint_is_its_export_on_two_engines_too(questions: Path,
         [
             sys.executable, "-m", "r1mega.cli", "train", "stage=sft", "data=sft", "optim.lr=1e-3",
             f"model.hf={model}", f"data.train={write_rows(tmp_path / 'sums.jsonl', rows)}", "data.template=r1_zero",
-            f"run.dir={tmp_path}/trained", "sft.updates=4", "sft.batch_size=32", "sft.max_length=256", "checkpoint.every=4",
-            "logger.console=false", "logger.tensorboard=false",
+            f"run.dir={tmp_path}/trained", "sft.updates=4", "sft.batch_size=32", "sft.max_length=256",
+            "checkpoint.every=4", "logger.console=false", "logger.tensorboard=false",
         ],
         timeout=600, check=False, **TEXT,
     )  # fmt: skip

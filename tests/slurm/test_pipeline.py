@@ -46,7 +46,9 @@ def test_three_jobs_one_after_the_other(runs, tmp_path: Path) -> None:
     one_line = tmp_path / "conf" / "pipeline"
     one_line.mkdir(parents=True)
     program = tmp_path / "names.py"
-    program.write_text("import os, sys\nopen(sys.argv[2], 'w').write(repr(sorted(os.listdir(sys.argv[1]))))\n")
+    program.write_text(
+        "import json, os, sys\njson.dump({'files': len(os.listdir(sys.argv[1]))}, open(sys.argv[2], 'w'))\n"
+    )
     copying = tmp_path / "copying.py"
     copying.write_text("import shutil, sys\nshutil.copyfile(*sys.argv[1:])\n")
     text = STAGES.format(copying=copying, program=program, model=model, rows=rows, overrides=json.dumps(chosen))

@@ -113,6 +113,17 @@ def test_a_stage_that_leaves_nothing_has_failed(stubs, capfd) -> None:
     assert "has not left its outputs: out" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("left", "word"), [("['a']", "Expecting value"), ("[1]", "got a list")])
+def test_a_report_that_is_none_is_the_stages_failure(stubs, capfd, left: str, word: str) -> None:
+    stubs.source("questions", "abcd")
+    stubs.program.write_text(f"import sys\nopen(sys.argv[1], 'w').write({left!r})\n")
+    stubs.stage("base", "questions")
+    assert stubs.run() == 1
+    said = capfd.readouterr().err
+    assert "base" in said and "out.json: must hold a JSON object" in said and word in said
+    assert stubs.manifest("base")["status"] == "failed"
+
+
 def test_a_stage_that_takes_too_long_is_ended(stubs, capfd) -> None:
     stubs.source("questions", "abcd")
     stubs.stage("base", "questions").minutes = 0.02
