@@ -10,6 +10,7 @@ from r1mega.pipeline.page_text import Unit, breakable, figure, plural
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _REWARD = Unit(is_share=False, digits=2)
+_SHORT = 200  # characters of thinking that are shown at once
 
 
 def samples(stages: Sequence[Stage]) -> Element:
@@ -46,8 +47,8 @@ def _answer(sample: Sample) -> Element:
     children: list[Child] = []
     if thinking:
         letters = f"thinking, {plural(len(thinking), 'character')}"
-        is_open = _CLOSE not in thinking
-        children.append(details(letters + (", not ended" if is_open else ""), el("pre", thinking, dir="auto")))
+        letters += "" if _CLOSE in thinking else ", not ended"
+        children.append(details(letters, el("pre", thinking, dir="auto"), open=len(thinking) <= _SHORT))
     children.append(el("pre", rest, dir="auto") if rest else el("p", "nothing after the thinking", cls="none"))
     tail: list[Child] = ["reward ", figure(sample.reward, _REWARD)]
     if sample.seed:
