@@ -44,6 +44,7 @@ _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operato
 BOUNDS: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
     ("run.seed", ((">=", 0),)),
     ("run.timeout_minutes", ((">", 0),)),
+    ("pipeline.at_once", ((">=", 1),)),
     *((f"parallel.{axis}", ((">=", 1),)) for axis in ("tp", "cp", "pp", "vpp", "ep", "etp", "dp")),
     ("model.moe_router_bias_update_rate", ((">=", 0),)),
     ("model.router_balance_coef", ((">=", 0),)),
@@ -139,7 +140,7 @@ def check(config: Config, *, here: bool = True) -> list[Fault]:
     With `here` false, of what would be started somewhere else: nothing is asked of this machine, neither its files nor
     its packages.
     """
-    bounds = list(_check_bounds(config))
+    bounds = list(check_bounds(config))
     if config.stage.loop is Loop.evaluate:  # which trains nothing
         return [
             *bounds,
@@ -194,10 +195,11 @@ def value_at(config: Config, path: str) -> object:
     return getattr(getattr(config, section), name)
 
 
-def _check_bounds(config: Config) -> Iterator[Fault]:
+def check_bounds(config: Config, section: str = "") -> Iterator[Fault]:
+    """Every number of one section, or of all, that lies out of its bounds."""
     for path, bounds in BOUNDS:
         value = value_at(config, path)
-        if value is None:
+        if value is None or not path.startswith(section):
             continue
         assert isinstance(value, int | float), f"{path} is not a number"
         if not math.isfinite(value) or not all(_COMPARE[sign](value, bound) for sign, bound in bounds):

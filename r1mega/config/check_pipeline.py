@@ -69,8 +69,6 @@ def check_pipeline(pipeline: PipelineConfig) -> Iterator[Fault]:
     if pipeline.only is not None and pipeline.only not in pipeline.stages:
         known = ", ".join(pipeline.stages) or "none"
         yield Fault("pipeline.only", pipeline.only, f"must be a stage: {known}", "correct the name")
-    if pipeline.at_once < 1:
-        yield Fault("pipeline.at_once", str(pipeline.at_once), "must be >= 1", "1 runs one stage after the other")
     if len(set(pipeline.seeds)) < len(pipeline.seeds) or any(seed < 0 for seed in pipeline.seeds):
         constraint = "must be different numbers of at least 0"
         yield Fault("pipeline.seeds", str(list(pipeline.seeds)), constraint, "correct the list")

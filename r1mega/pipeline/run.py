@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from r1mega.config.check import check_bounds
 from r1mega.config.check_pipeline import check_pipeline, order
 from r1mega.config.choices import StageRun
 from r1mega.config.faults import ConfigError, Fault
@@ -123,7 +124,7 @@ def _running(config: Config, names: Iterable[str]) -> set[str]:
 def require(config: Config, asked: Asked) -> None:
     """Raises ConfigError with every fault of the pipeline's own section, and of what was asked besides."""
     pipeline = config.pipeline
-    found = list(check_pipeline(pipeline))
+    found = [*check_bounds(config, "pipeline."), *check_pipeline(pipeline)]
     if not pipeline.stages:
         found.append(Fault("pipeline", "nothing", "must be chosen", "pipeline=NAME, an option of conf/pipeline"))
     fields = [override.lstrip("+~").partition("=")[0] for override in asked.overrides]

@@ -153,6 +153,13 @@ def test_stages_that_do_not_wait_for_each_other_may_run_beside_each_other(stubs,
     )
 
 
+def test_no_stage_at_a_time_is_refused(stubs) -> None:
+    stubs.diamond()
+    stubs.pipeline.at_once = 0
+    with pytest.raises(ConfigError, match=r"pipeline.at_once: got 0; must be >= 1"):
+        stubs.run()
+
+
 def test_what_runs_beside_a_stage_that_fails_comes_to_its_end_and_nothing_else_begins(stubs, capfd) -> None:
     stubs.diamond()
     stubs.stage("last", "left.out")
