@@ -31,9 +31,10 @@ def children() -> set[int]:
     """Processes of this one, but for multiprocessing's own, which stays to the end."""
     found = set()
     for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # a zombie among them: it has ended, and leaks nothing but its number
-            if not any("resource_tracker" in word for word in child.cmdline()):
-                found.add(child.pid)
+        with suppress(psutil.ZombieProcess):  # says no more of itself, and is there all the same
+            if any("resource_tracker" in word for word in child.cmdline()):
+                continue
+        found.add(child.pid)
     return found
 
 
