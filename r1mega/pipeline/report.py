@@ -14,7 +14,6 @@ from r1mega.pipeline.runner import Walk
 from r1mega.pipeline.stage import Stage
 
 REPORT_FILE = "report.json"
-RESAMPLES = 10_000  # ours
 _DECIMALS = 6
 Measured = Mapping[str, Mapping[str, float]]  # stage -> metric -> value
 
@@ -61,7 +60,7 @@ def _histories(stages: Sequence[Stage]) -> dict[str, Any]:
 
 def finding(name: str, claimed: PipelineFinding, by_seed: Sequence[Measured]) -> dict[str, Any]:
     """A claim beside the figures. It holds where the difference, in the direction claimed, is above the margin; with
-    several seeds, where the whole 95% bootstrap interval of the mean paired difference is. `holds` is null where a
+    several seeds, where the whole 95% interval (Student's t) of the mean paired difference is. `holds` is null where a
     figure is missing."""
     pairs = [pair for measured in by_seed if (pair := _pair(claimed, measured)) is not None]
     found: dict[str, Any] = {"name": name, "claim": claimed.claim}
@@ -78,12 +77,12 @@ def finding(name: str, claimed: PipelineFinding, by_seed: Sequence[Measured]) ->
     interval = None
     least = sign * differences[0]
     if len(pairs) > 1:
-        from r1mega.benchmark.estimates import bootstrap  # numpy
+        from r1mega.benchmark.estimates import student_interval  # numpy
 
-        low, high = bootstrap(differences, RESAMPLES, seed=0)
+        low, high = student_interval(differences)
         interval = [_rounded(low), _rounded(high)]
         least = min(sign * low, sign * high)
-        notes.append(f"95% bootstrap interval of the mean difference over {len(pairs)} seeds")
+        notes.append(f"95% interval of the mean difference over {len(pairs)} seeds (Student's t)")
     else:
         notes.append("one seed: nothing is said of the spread over seeds")
     if claimed.margin:

@@ -48,7 +48,7 @@ def test_the_table_is_the_published_checkpoint():
     [
         pytest.param("pp=16,ep=64,dp=64,stages=" + "+".join(["4"] * 15 + ["1"]), 1024, marks=pytest.mark.extended),
         pytest.param("tp=8,cp=4,pp=4,ep=32,stages=16+15+15+15", 128, marks=pytest.mark.extended),
-        ("tp=8,pp=16,ep=8,stages=" + "+".join(["4"] * 15 + ["1"]), 128),
+        pytest.param("tp=8,pp=16,ep=8,stages=" + "+".join(["4"] * 15 + ["1"]), 128, marks=pytest.mark.extended),
         ("pp=16,ep=32,dp=32,stages=" + "+".join(["3"] + ["4"] * 14 + ["2"]), 512),
     ],
 )

@@ -43,7 +43,7 @@ def metrics_of(run_dir):
     ("family", "layout"),
     [
         ("deepseek_v3", "tp2_pp2_ep2"),
-        ("llama", "single"),
+        pytest.param("llama", "single", marks=pytest.mark.extended),
         pytest.param("qwen2", "single", marks=pytest.mark.extended),
     ],
 )

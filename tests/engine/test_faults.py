@@ -99,7 +99,7 @@ def when(condition, act) -> threading.Thread:
 @pytest.mark.parametrize(
     ("number", "through_router"),
     [
-        (signal.SIGKILL, False),
+        pytest.param(signal.SIGKILL, False, marks=pytest.mark.extended),
         (signal.SIGSTOP, False),
         pytest.param(signal.SIGKILL, True, marks=pytest.mark.extended),
         pytest.param(signal.SIGSTOP, True, marks=pytest.mark.extended),
@@ -387,6 +387,7 @@ def test_the_probe_finds_what_no_checksum_is_asked_for(
     assert published == [8, 8]
 
 
+@pytest.mark.extended
 def test_servers_take_turns_with_a_trainer(fleet: Servers, client, qwen2, alone) -> None:
     """Memory is given back and taken again; nothing is asked of a server that could make it use what it has not; one
     that is lost meanwhile is started again when its turn comes."""
@@ -445,6 +446,7 @@ def test_servers_that_never_get_well(qwen2, sglang_python, tmp_path, options, wo
     assert made.engines[0].process is not None and made.engines[0].process.poll() is not None
 
 
+@pytest.mark.extended
 def test_a_port_that_is_taken(qwen2, sglang_python, tmp_path) -> None:
     with socket.socket() as taken, servers(qwen2[0], tmp_path / "run", sglang_python, rollout__engines=1) as made:
         taken.bind(("127.0.0.1", int(made.engines[0].url.rpartition(":")[2])))  # while the server is still importing

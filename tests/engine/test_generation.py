@@ -27,8 +27,6 @@ TOLERANCE = 1e-4
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 TELLING = ServerOptions(routed_experts=True)
 CASES: dict[str, dict[str, Any]] = {
-    "llama": {"family": "llama"},
-    "deepseek_v3": {"family": "deepseek_v3", "server": {"options": TELLING}},
     "deepseek_v3-plain_rope-tp2-ep2": {
         "family": "deepseek_v3",
         "rope_parameters": PLAIN_ROPE,
@@ -36,6 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 EXTENDED = {
+    "llama": {"family": "llama"},
+    "deepseek_v3": {"family": "deepseek_v3", "server": {"options": TELLING}},  # with YaRN
     "qwen2": {"family": "qwen2"},
     # Data-parallel attention, whose ranks note their experts in one buffer, each in rows of its own.
     "deepseek_v3-plain_rope-tp2-attn_dp2": {

@@ -5,9 +5,18 @@ from __future__ import annotations
 import itertools
 from statistics import mean
 
+import numpy as np
 import pytest
 
-from r1mega.benchmark.estimates import bootstrap, cluster, cons_at_k, consensus, pass_at_k, quantile
+from r1mega.benchmark.estimates import (
+    bootstrap,
+    cluster,
+    cons_at_k,
+    consensus,
+    pass_at_k,
+    quantile,
+    student_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,25 @@ def test_the_interval_is_the_seeds_and_about_the_size_it_should_be() -> None:
     assert bootstrap([0.25, 0.25], 10, 0) == (0.25, 0.25)
     spread = [i / 100 for i in range(100)]
     assert bootstrap(spread, 50, 7) != bootstrap(spread, 50, 8)
+
+
+def test_the_interval_of_a_few_values() -> None:
+    # Student 1908, Table IX (sleep, Hyoscyamine less Laevo-hyoscyamine): mean 1.58, s 1.2300, n 10; t of 9 is 2.2622.
+    gained = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    low, high = student_interval(gained)
+    assert (low, high) == pytest.approx((0.7001, 2.4599), abs=1e-3)
+    assert student_interval([0.25, 0.25, 0.25]) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="at least two"):
+        student_interval([1.0])
+
+
+def test_the_interval_of_three_holds_the_mean_as_often_as_it_says() -> None:
+    draw = np.random.Generator(np.random.Philox(0))
+    samples = draw.normal(size=(2000, 3))
+    held = [low < 0 < high for low, high in map(student_interval, samples)]
+    assert sum(held) / len(held) == pytest.approx(0.95, abs=0.015)  # three standard errors
+    ranges = [low < 0 < high for low, high in (bootstrap(one, 200, 0) for one in samples[:500])]
+    assert sum(ranges) / len(ranges) < 0.85  # why the bootstrap is not asked: 0.75, as 1 - 2 / 2 ** 3
 
 
 def test_quantiles_are_values_that_occurred() -> None:
