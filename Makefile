@@ -1,6 +1,7 @@
 # make demo [SEED=n] [DEVICE=cpu|cuda] [RUNS=dir]   train the toy reasoner from scratch and plot what it learned
 #           [ROLLOUT=embedded|sglang]               ... with the real SGLang as the engine
-# make test                                        lint, import layers and all tests
+# make test                                        lint, import layers and the tests of every commit
+#           [R1MEGA_EXTENDED=1]                     ... and those that take minutes each: hours
 # make sglang-cpu                                  the environment of the real SGLang on a machine without a GPU
 # make slurm-test-env                              Slurm for its tests, where this is root on Debian or Ubuntu
 # make lint | venv | sandbox | snapshots | clean

@@ -245,7 +245,7 @@ REPLAY_HELP = """\
 
 def report(arguments: Sequence[str]) -> int:
     """Draw the page of a pipeline: findings, curves, the stage table, samples, lineage, in one HTML file."""
-    return importlib.import_module("r1mega.pipeline.page").main(arguments)
+    return importlib.import_module("r1mega.pipeline.page.document").main(arguments)
 
 
 def register_schema() -> None:

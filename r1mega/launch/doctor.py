@@ -15,7 +15,7 @@ OK, MISSING, WRONG = "ok", "missing", "wrong"
 # What every run imports besides torch.
 LIBRARIES = (
     "hydra-core", "omegaconf", "pyyaml", "megatron-core", "transformers", "safetensors", "xxhash", "math-verify",
-    "pebble", "rich", "tensorboard", "matplotlib", "psutil", "httpx",
+    "pebble", "rich", "tensorboard", "matplotlib", "scipy", "psutil", "httpx",
 )  # fmt: skip
 _COMMANDS = ("sbatch", "srun", "scontrol", "squeue")
 _CPU = "make venv   # or: pip install -e '.[cpu]'"

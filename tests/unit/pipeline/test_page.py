@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import page_sample
 
-from r1mega.pipeline.page import write
+from r1mega.pipeline.page.document import write
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "col", "wbr"}
 HOSTILE = (
@@ -252,7 +252,8 @@ def test_keys_without_a_place_are_named(draw: Callable[..., Reader]) -> None:
 
 
 def test_no_heavy_import() -> None:
-    code = "import sys, r1mega.pipeline.page\nheavy = {'torch', 'numpy', 'hydra', 'transformers', 'matplotlib'}\n"
+    code = "import sys, r1mega.pipeline.page.document\n"
+    code += "heavy = {'torch', 'numpy', 'hydra', 'transformers', 'matplotlib'}\n"
     subprocess.run([sys.executable, "-c", code + "assert not heavy & set(sys.modules)"], check=True, timeout=60)
 
 

@@ -8,10 +8,10 @@ from xml.etree.ElementTree import Element
 
 import pytest
 
-from r1mega.pipeline.page_chart import Line, chart, smoothed, value_range
-from r1mega.pipeline.page_layout import ancestors, crossings, layout, spread
-from r1mega.pipeline.page_samples import split
-from r1mega.pipeline.page_text import Unit, direction, label, listed, shortened, unit_of, written
+from r1mega.pipeline.page.chart import Line, chart, smoothed, value_range
+from r1mega.pipeline.page.layout import ancestors, crossings, layout, spread
+from r1mega.pipeline.page.samples import split
+from r1mega.pipeline.page.text import Unit, direction, label, listed, shortened, unit_of, written
 
 DIAMOND = (("a", "b"), ("a", "c"), ("b", "d"), ("c", "d"), ("a", "d"))
 

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import page_sample
 
 from r1mega import cli
-from r1mega.pipeline.page import write
-from r1mega.pipeline.page_fields import PageError
+from r1mega.pipeline.page.document import write
+from r1mega.pipeline.page.fields import PageError
 
 NUMBER = "a number, null, or an object from seed to number"
 POINT = "[update, value], an integer of at least 0 and a number or null"

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r1mega.pipeline.page_fields import Fields, PageError, number, points, shown
+from r1mega.pipeline.page.fields import Fields, PageError, number, points, shown
 
 REPORT_FILE, LINEAGE_FILE = "report.json", "lineage.json"
 ALL = ""  # the seed of a value that is not given by seed

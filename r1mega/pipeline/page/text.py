@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1mega.metrics.catalog import CATALOG
-from r1mega.pipeline.page_markup import Child, Element, add, el
+from r1mega.pipeline.page.markup import Child, Element, add, el
 
 MINUS, POINTS, NONE = "\u2212", "\u00a0pts", "none"
 # Parts of metric names. A share of 1 is shown as a percentage; more of it is better, but for what is in _WORSE.

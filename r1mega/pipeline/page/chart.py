@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from r1mega.pipeline.page_input import ALL, Points
-from r1mega.pipeline.page_markup import Child, Element, details, el, table
-from r1mega.pipeline.page_text import Unit, figure, label, listed, unit_of, written
+from r1mega.pipeline.page.input import ALL, Points
+from r1mega.pipeline.page.markup import Child, Element, details, el, table
+from r1mega.pipeline.page.text import Unit, figure, label, listed, unit_of, written
 
 WIDTH, HEIGHT = 520, 290
 LEFT, RIGHT, TOP, BOTTOM = 64, 66, 16, 44

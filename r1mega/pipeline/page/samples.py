@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from r1mega.pipeline.page_input import Sample, Stage
-from r1mega.pipeline.page_markup import Child, Element, details, el
-from r1mega.pipeline.page_text import Unit, breakable, figure, plural
+from r1mega.pipeline.page.input import Sample, Stage
+from r1mega.pipeline.page.markup import Child, Element, details, el
+from r1mega.pipeline.page.text import Unit, breakable, figure, plural
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _REWARD = Unit(is_share=False, digits=2)

@@ -16,14 +16,14 @@ from importlib import metadata, resources
 from pathlib import Path
 
 from r1mega.metrics.catalog import format_seconds
-from r1mega.pipeline.page_curves import curves
-from r1mega.pipeline.page_fields import PageError
-from r1mega.pipeline.page_input import Page, read
-from r1mega.pipeline.page_lineage import lineage
-from r1mega.pipeline.page_markup import Child, Element, definitions, el, raw, to_html
-from r1mega.pipeline.page_samples import samples
-from r1mega.pipeline.page_tables import findings, stage_table
-from r1mega.pipeline.page_text import listed, plural
+from r1mega.pipeline.page.curves import curves
+from r1mega.pipeline.page.fields import PageError
+from r1mega.pipeline.page.input import Page, read
+from r1mega.pipeline.page.lineage import lineage
+from r1mega.pipeline.page.markup import Child, Element, definitions, el, raw, to_html
+from r1mega.pipeline.page.samples import samples
+from r1mega.pipeline.page.tables import findings, stage_table
+from r1mega.pipeline.page.text import listed, plural
 
 PAGE_FILE = "report.html"
 _MOST_NAMED = 10  # stages in the sentence under the title
@@ -109,7 +109,7 @@ def _head(page: Page) -> Element:
 
 
 def _asset(name: str) -> str:
-    return resources.files("r1mega.pipeline").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("r1mega.pipeline.page").joinpath(name).read_text(encoding="utf-8")
 
 
 def _sentence(page: Page) -> str:

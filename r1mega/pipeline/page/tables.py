@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from r1mega.pipeline.page_input import ALL, Finding, Stage, mean
-from r1mega.pipeline.page_markup import Child, Element, add, definitions, details, el, table
-from r1mega.pipeline.page_text import Unit, breakable, direction, figure, label, listed, unit_of, written
+from r1mega.pipeline.page.input import ALL, Finding, Stage, mean
+from r1mega.pipeline.page.markup import Child, Element, add, definitions, details, el, table
+from r1mega.pipeline.page.text import Unit, breakable, direction, figure, label, listed, unit_of, written
 
 _VERDICTS = {True: ("holds", "holds"), False: ("does not show", "fails"), None: ("not decided", "open")}
 _ACCURACY = re.compile(r"accura|(pass|cons)(@|_at_)\d")

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 
 from r1mega.metrics.catalog import format_seconds
-from r1mega.pipeline.page_input import Artifact, Page, Work
-from r1mega.pipeline.page_layout import Layout, ancestors, layout
-from r1mega.pipeline.page_markup import Child, Element, details, el, table
-from r1mega.pipeline.page_text import anchor, breakable, counts, plural, shortened
+from r1mega.pipeline.page.input import Artifact, Page, Work
+from r1mega.pipeline.page.layout import Layout, ancestors, layout
+from r1mega.pipeline.page.markup import Child, Element, details, el, table
+from r1mega.pipeline.page.text import anchor, breakable, counts, plural, shortened
 
 _BOX_W, _BOX_H, _GAP_X, _ROW = 182, 44, 42, 58
 _MARGIN = 10

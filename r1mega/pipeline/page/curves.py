@@ -6,10 +6,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from r1mega.pipeline.page_chart import Line, chart, figures, value_range
-from r1mega.pipeline.page_input import ALL, Stage
-from r1mega.pipeline.page_markup import Element, details, el
-from r1mega.pipeline.page_text import anchor, label, unit_of
+from r1mega.pipeline.page.chart import Line, chart, figures, value_range
+from r1mega.pipeline.page.input import ALL, Stage
+from r1mega.pipeline.page.markup import Element, details, el
+from r1mega.pipeline.page.text import anchor, label, unit_of
 
 _ACCURACY = re.compile(r"accura|(pass|cons)(@|_at_)\d")
 _LOSS = re.compile(r"(^|/)loss$")

@@ -1,0 +1,1 @@
+"""The page that shows a pipeline: curves, tables, samples and lineage as one HTML file."""
