@@ -11,7 +11,6 @@ from r1mega.config.schema_pipeline import PipelineConfig, PipelineFinding
 from r1mega.pipeline.files import write_json
 from r1mega.pipeline.measure import history_of, metrics_of, samples_of
 from r1mega.pipeline.runner import Walk
-from r1mega.pipeline.stage import Stage
 
 REPORT_FILE = "report.json"
 _DECIMALS = 6
@@ -25,33 +24,35 @@ def write(root: Path, pipeline: PipelineConfig, walks: Sequence[Walk]) -> Path:
 
 
 def build(pipeline: PipelineConfig, walks: Sequence[Walk]) -> dict[str, Any]:
-    """`walks` are those of the seeds, in their order. Metrics are means over the seeds that have them; history is by
-    seed where there are several; samples are the first seed's."""
-    by_seed = [{name: metrics_of(walk.stages[name]) for name in walk.done} for walk in walks]
+    """`walks` are those of the seeds, in their order. Metrics and history are by seed where there are several; samples
+    are the first seed's."""
+    by_seed = {next(iter(walk.stages.values())).place.seed: walk for walk in walks}
+    measured = {seed: {name: metrics_of(walk.stages[name]) for name in walk.done} for seed, walk in by_seed.items()}
     seconds = sum(manifest["seconds"] for walk in walks for manifest in walk.done.values())
     first = walks[0]
     return {
         "title": pipeline.title,
-        "seeds": [next(iter(walk.stages.values())).place.seed for walk in walks],
+        "seeds": list(by_seed),
         "seconds": round(seconds, 3),
         "stages": [
             {
                 "name": name,
                 "about": stage.spec.about,
-                "metrics": _means([measured[name] for measured in by_seed if name in measured]),
-                "history": _histories([walk.stages[name] for walk in walks if name in walk.done]),
+                "metrics": _of_seeds({seed: _all_rounded(measured[seed].get(name, {})) for seed in by_seed}),
+                "history": _of_seeds(
+                    {seed: history_of(walk.stages[name]) for seed, walk in by_seed.items() if name in walk.done}
+                ),
                 "samples": samples_of(stage),
             }
             for name, stage in first.stages.items()
             if name in first.done
         ],
-        "findings": [finding(name, claimed, by_seed) for name, claimed in pipeline.findings.items()],
+        "findings": [finding(name, claimed, list(measured.values())) for name, claimed in pipeline.findings.items()],
     }
 
 
-def _histories(stages: Sequence[Stage]) -> dict[str, Any]:
-    """Metric -> points of one stage; where several seeds ran it metric -> seed -> points."""
-    found = {stage.place.seed: history_of(stage) for stage in stages}
+def _of_seeds(found: Mapping[int, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Metric -> what one stage has of it; where several seeds ran it metric -> seed -> that."""
     if len(found) == 1:
         return next(iter(found.values()))
     metrics = dict.fromkeys(metric for one in found.values() for metric in one)
@@ -82,7 +83,8 @@ def finding(name: str, claimed: PipelineFinding, by_seed: Sequence[Measured]) ->
         low, high = student_interval(differences)
         interval = [_rounded(low), _rounded(high)]
         least = min(sign * low, sign * high)
-        notes.append(f"95% interval of the mean difference over {len(pairs)} seeds (Student's t)")
+        alone = sum(sign * difference > claimed.margin for difference in differences)
+        notes.append(f"so in {alone} of {len(pairs)} seeds; 95% interval of their mean difference (Student's t)")
     else:
         notes.append("one seed: nothing is said of the spread over seeds")
     if claimed.margin:
@@ -108,10 +110,8 @@ def _wanted(claimed: PipelineFinding) -> str:
     return f"{claimed.metric} of {claimed.stage}, or {other} of {claimed.baseline}"
 
 
-def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for one in found for name in one)
-    values = {name: [one[name] for one in found if name in one] for name in names}
-    return {name: _rounded(sum(some) / len(some)) for name, some in values.items()}
+def _all_rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: _rounded(value) for name, value in values.items()}
 
 
 def _rounded(value: float) -> float:

@@ -54,7 +54,7 @@ def findings() -> list[dict[str, Any]]:
          "baseline": 0.236, "difference": 0.6377, "interval": [0.604, 0.671], "holds": True, "note": ""},
         {"name": "cold_start_readability", "claim": "Cold start raises the share of well-formed answers over R1-Zero",
          "value": 0.97, "baseline": 0.62, "difference": 0.35, "interval": [0.311, 0.389], "holds": True,
-         "note": "95% interval of the mean difference over 3 seeds (Student's t)"},
+         "note": "so in 3 of 3 seeds; 95% interval of their mean difference (Student's t)"},
         {"name": "language_consistency", "claim": "The language reward raises consistency, at a small cost in accuracy",
          "value": 0.998, "baseline": 0.934, "difference": 0.064, "interval": [0.048, 0.081], "holds": True,
          "note": "Accuracy 89.2% with the reward, 89.9% without."},

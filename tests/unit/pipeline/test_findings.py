@@ -31,9 +31,10 @@ def test_seeds_that_agree_and_seeds_that_do_not() -> None:
     # 0.4 and 0.1 / sqrt(3) of standard error, times Student's t of two degrees of freedom, 4.3027 in any table.
     assert said["interval"] == pytest.approx([0.4 - 0.24841, 0.4 + 0.24841], abs=1e-4) and said["holds"]
     assert said["difference"] == pytest.approx(0.4)
-    assert not found([(0.21, 0.2), (0.4, 0.2), (0.7, 0.2)])["holds"]  # all better, and too far apart to tell
+    said = found([(0.21, 0.2), (0.4, 0.2), (0.7, 0.2)])  # all better, and too far apart to tell
+    assert not said["holds"] and said["note"].startswith("so in 3 of 3 seeds; 95% interval")
     said = found([(0.9, 0.2), (0.1, 0.2), (0.9, 0.2)])  # better in the mean, and one seed says the contrary
-    assert said["difference"] > 0.4 and not said["holds"]
+    assert said["difference"] > 0.4 and not said["holds"] and said["note"].startswith("so in 2 of 3 seeds")
 
 
 def test_directions_and_margins() -> None:
@@ -44,7 +45,7 @@ def test_directions_and_margins() -> None:
     assert found([(0.48, 0.5)], margin=-0.05)["holds"]
     assert not found([(0.44, 0.5)], margin=-0.05)["holds"]
     lower = found([(0.2, 0.5), (0.21, 0.5), (0.22, 0.5)], direction=Direction.lower)
-    assert lower["holds"] and lower["interval"][1] < 0
+    assert lower["holds"] and lower["interval"][1] < 0 and lower["note"].startswith("so in 3 of 3 seeds")
     assert not found([(0.2, 0.5), (0.6, 0.5)], direction=Direction.lower)["holds"]
 
 

@@ -225,7 +225,7 @@ def test_status_runs_nothing_and_says_why(stubs, capsys) -> None:
     assert "done" in lines["left"] and "to run again" in lines["right"] and "for right" in lines["join"]
 
 
-def test_each_seed_has_its_own_stages_and_the_report_their_means(stubs) -> None:
+def test_each_seed_has_its_own_stages_and_figures(stubs) -> None:
     from r1mega.config.schema_pipeline import PipelineFinding
 
     stubs.source("questions", "abcd")
@@ -242,11 +242,11 @@ def test_each_seed_has_its_own_stages_and_the_report_their_means(stubs) -> None:
     report = stubs.report()
     assert report["seeds"] == [3, 14, 5]
     mean = sum(said) / 3
-    assert report["stages"][1]["metrics"]["score"] == pytest.approx(mean)
+    assert report["stages"][1]["metrics"]["score"] == dict(zip(("3", "14", "5"), said, strict=True))
     (found,) = report["findings"]
     assert found["difference"] == pytest.approx(mean - 4) and found["holds"]
     low, high = found["interval"]
-    assert min(said) - 4 <= low <= mean - 4 <= high <= max(said) - 4
+    assert low < min(said) - 4 and max(said) - 4 < high and low + high == pytest.approx(2 * (mean - 4))
 
     before = stubs.starts()
     stubs.pipeline.seeds = [3]
