@@ -15,6 +15,7 @@ from r1mega.config.schema import Config
 from r1mega.launch import preflight, replays, resume, rundir, supervise
 from r1mega.launch.engines import EngineFleet, fleet_of
 from r1mega.launch.ports import free_port
+from r1mega.launch.rank_processes import CAN_FORK
 from r1mega.loop import stop
 
 WORKER = "r1mega.loop.worker"
@@ -106,7 +107,8 @@ def _run_workers(
     # A replay has nothing to save, and an evaluation keeps every sample as it goes.
     ask = None if options or world_size else partial(stop.ask, config.run.dir)
     ranks = world_size or config.parallel.world_size
-    result = supervise.run_world(argv, ranks, log_dir=log_dir, env=env, beside=fleet, ask_to_stop=ask)
+    divides = config.device.type is DeviceType.cpu and CAN_FORK
+    result = supervise.run_world(argv, ranks, log_dir=log_dir, env=env, beside=fleet, ask_to_stop=ask, divides=divides)
     if result.message:
         print(f"r1mega: {result.message}", file=sys.stderr)
     return result.exit_code

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
-from r1mega.launch.supervise import die_with_parent
+from r1mega.launch.rank_processes import die_with_parent
 from r1mega.loop import stop
 
 STARTED, ENDED = "rank{}.started", "rank{}.ended"

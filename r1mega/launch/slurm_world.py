@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from r1mega.launch.rank_processes import EndedRank
 from r1mega.launch.slurm_rank import ENDED, STARTED
-from r1mega.launch.supervise import SETTLE_SECONDS, Companions, EndedRank, WorldResult, blame, failure, tail
+from r1mega.launch.supervise import SETTLE_SECONDS, Companions, WorldResult, blame, failure, tail
 from r1mega.loop.stop import STOPPED
 
 POLL_SECONDS = 1.0

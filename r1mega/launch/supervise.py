@@ -1,33 +1,26 @@
-"""Start a world of processes and see it to its end: whatever happens to one, none is left behind.
-
-Every rank leads its own process group, so the terminal's Ctrl-C reaches only the launcher and a rank's own children end
-with it. On Linux the kernel kills the ranks should the launcher itself be killed.
-"""
+"""Start a world of processes and see it to its end: whatever happens to one, none is left behind."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from r1mega.launch.rank_processes import POLL_SECONDS, EndedRank, NoRanksError, Rank, start_each, start_forked
 from r1mega.loop.stop import STOPPED
 
-POLL_SECONDS = 0.05
 # A crash takes its peers with it within moments; wait this long before naming the first of them.
 SETTLE_SECONDS = 0.5
 TAIL_LINES = 30
-_PR_SET_PDEATHSIG = 1
 # What a rank says when another one vanished: consequences, never the cause.
 _LOST_PEER = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection was closed|remote process exited|peer .*(exited|closed)"
@@ -58,27 +51,6 @@ class Companions(Protocol):
         """End them all. Harmless when repeated."""
 
 
-@dataclass
-class EndedRank:
-    """How one rank ended, and where it wrote. `status` is as Popen.returncode; None while it runs. `node` is its
-    machine, where there are several."""
-
-    rank: int
-    status: int | None
-    log: Path
-    node: str | None = field(default=None, kw_only=True)
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether it ended, and neither well nor as it was asked to."""
-        return self.status not in (None, 0, STOPPED)
-
-
-@dataclass
-class _Rank(EndedRank):
-    process: subprocess.Popen[bytes]
-
-
 def run_world(
     argv: Sequence[str],
     world_size: int,
@@ -88,26 +60,32 @@ def run_world(
     grace_seconds: float = 5.0,
     beside: Companions | None = None,
     ask_to_stop: Callable[[str], None] | None = None,
+    divides: bool = False,
 ) -> WorldResult:
     """Run `argv` once per rank and wait for all of them; `beside` are other processes of the run.
 
-    Each rank gets this process's environment, then `env`, then RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE. Its
-    output goes to `log_dir/rankN.log`, except that rank 0 keeps the terminal as its standard output. When a rank fails,
-    or on SIGINT or SIGTERM, all others get SIGTERM and after `grace_seconds` SIGKILL (at once on a second signal).
+    Each rank gets this process's environment, then `env`, then RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE. With
+    `divides` the program is started once and becomes all ranks by parallel.fork.divide. A rank's output goes to
+    `log_dir/rankN.log`, except that rank 0 keeps the terminal as its standard output. When a rank fails, or on SIGINT
+    or SIGTERM, all others get SIGTERM and after `grace_seconds` SIGKILL (at once on a second signal).
     On SIGUSR1 `ask_to_stop` is called with its name; a rank that ends with loop.stop.STOPPED thereafter has not failed.
 
     Raises OSError where `argv` cannot be started at all.
     """
     assert world_size >= 1, "a world has at least one rank"
     log_dir.mkdir(parents=True, exist_ok=True)
-    ranks: list[_Rank] = []
+    ranks: list[Rank] = []
     with _signals(ask_to_stop) as received:
         try:
             if beside is not None:
                 beside.start()
-            for rank in range(world_size):
-                ranks.append(_start(rank, world_size, argv, log_dir, env or {}))
+            if divides:
+                ranks += start_forked(argv, world_size, log_dir, env or {}, lambda: bool(received))
+            else:
+                ranks.extend(start_each(argv, world_size, log_dir, env or {}))
             return _watch(ranks, received, grace_seconds, beside)
+        except NoRanksError as error:
+            return _undivided(error, world_size)
         finally:
             _end(ranks, received, grace_seconds)
             if beside is not None:
@@ -126,34 +104,6 @@ def tail(log: Path, limit: int = TAIL_LINES) -> str:
     if starts and len(lines) - starts[-1] <= 2 * limit:
         return "\n".join(lines[starts[-1] :])
     return "\n".join(lines[-limit:])
-
-
-def _start(rank: int, world_size: int, argv: Sequence[str], log_dir: Path, env: Mapping[str, str]) -> _Rank:
-    log = log_dir / f"rank{rank}.log"
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            argv,
-            env={**os.environ, **env, **{name: str(value) for name, value in numbers.items()}},
-            stdin=subprocess.DEVNULL,
-            stdout=None if rank == 0 else file,
-            stderr=file,
-            process_group=0,
-            preexec_fn=die_with_parent(os.getpid()) if sys.platform == "linux" else None,
-        )
-    return _Rank(rank, None, log, process)
-
-
-def die_with_parent(parent: int) -> Callable[[], None]:
-    """For Popen's `preexec_fn`: the kernel kills the process when the thread of `parent` that starts it ends."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def set_death_signal() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the launcher died before the line above
-            os._exit(1)
-
-    return set_death_signal
 
 
 @contextlib.contextmanager
@@ -181,7 +131,9 @@ def _signals(ask_to_stop: Callable[[str], None] | None) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(ranks: list[_Rank], received: list[int], grace_seconds: float, beside: Companions | None) -> WorldResult:
+def _watch(ranks: list[Rank], received: list[int], grace_seconds: float, beside: Companions | None) -> WorldResult:
+    if received and not ranks:
+        return WorldResult(128 + received[0], message=f"stopped by {signal_name(received[0])} before there were ranks")
     while any(rank.status is None for rank in ranks):
         _look(ranks)
         if received:
@@ -203,7 +155,7 @@ def _watch(ranks: list[_Rank], received: list[int], grace_seconds: float, beside
     return WorldResult(0)
 
 
-def _settle(ranks: list[_Rank], received: list[int]) -> None:
+def _settle(ranks: list[Rank], received: list[int]) -> None:
     deadline = time.monotonic() + SETTLE_SECONDS
     while time.monotonic() < deadline and not received and any(rank.status is None for rank in ranks):
         time.sleep(POLL_SECONDS)
@@ -230,14 +182,26 @@ def failure(culprit: EndedRank, world_size: int) -> WorldResult:
     """The result of a world in which this rank failed first, with its last words."""
     status = culprit.status
     assert status
-    how = f"exit code {status}" if status > 0 else f"killed by {signal_name(-status)}"
-    words = tail(culprit.log)
-    said = "\n".join(f"  | {line}" for line in words.splitlines()) or "  | (its log is empty)"
     where = f" on {culprit.node}" if culprit.node else ""
-    headline = f"rank {culprit.rank} of {world_size}{where} failed first ({how}); all ranks have ended"
+    headline = f"rank {culprit.rank} of {world_size}{where} failed first ({_how(status)}); all ranks have ended"
+    return WorldResult(status if status > 0 else 128 - status, culprit.rank, _with_last_words(headline, culprit.log))
+
+
+def _undivided(error: NoRanksError, world_size: int) -> WorldResult:
+    headline = f"the process that was to become {world_size} ranks ended before it did ({_how(error.status)})"
+    code = (error.status or 1) if error.status >= 0 else 128 - error.status
+    return WorldResult(code, message=_with_last_words(headline, error.log))
+
+
+def _how(status: int) -> str:
+    return f"exit code {status}" if status >= 0 else f"killed by {signal_name(-status)}"
+
+
+def _with_last_words(headline: str, log: Path) -> str:
+    words = tail(log)
+    said = "\n".join(f"  | {line}" for line in words.splitlines()) or "  | (its log is empty)"
     hint = f"\n{_WAITED}" if any(sign in words for sign in _TIMED_OUT) else ""
-    message = f"{headline}\n{said}\nlog: {culprit.log}{hint}"
-    return WorldResult(status if status > 0 else 128 - status, culprit.rank, message)
+    return f"{headline}\n{said}\nlog: {log}{hint}"
 
 
 def signal_name(number: int) -> str:
@@ -248,7 +212,7 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _look(ranks: list[_Rank]) -> None:
+def _look(ranks: list[Rank]) -> None:
     """Note who has exited, without reaping: an unreaped leader keeps its process group's number from being reused."""
     for rank in ranks:
         if rank.status is None:
@@ -257,7 +221,7 @@ def _look(ranks: list[_Rank]) -> None:
                 rank.status = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
-def _end(ranks: list[_Rank], received: list[int], grace_seconds: float) -> None:
+def _end(ranks: list[Rank], received: list[int], grace_seconds: float) -> None:
     """End and reap every rank with its children. Harmless when repeated."""
     living = [rank for rank in ranks if rank.process.returncode is None]
     _look(living)
@@ -274,7 +238,7 @@ def _end(ranks: list[_Rank], received: list[int], grace_seconds: float) -> None:
         rank.process.wait()
 
 
-def _signal_groups(ranks: list[_Rank], number: signal.Signals) -> None:
+def _signal_groups(ranks: list[Rank], number: signal.Signals) -> None:
     for rank in ranks:
         # macOS says PermissionError where Linux says ProcessLookupError: only ended processes are left in the group.
         with contextlib.suppress(ProcessLookupError, PermissionError):

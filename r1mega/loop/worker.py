@@ -1,16 +1,28 @@
-"""One training process: `python -m r1mega.loop.worker --config RUN_DIR/config.yaml`, started once per rank."""
+"""The training processes of a run: `python -m r1mega.loop.worker --config RUN_DIR/config.yaml`, one or all of them."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from r1mega.config import io
 from r1mega.config.choices import Loop
+from r1mega.config.schema import Config
 from r1mega.loop.stop import STOPPED, Stopped
+
+_LOOPS = {
+    Loop.rl: "r1mega.loop.hybrid",
+    Loop.sft: "r1mega.loop.sft",
+    Loop.reward_model: "r1mega.loop.reward_model",
+    Loop.evaluate: "r1mega.loop.evaluate",
+    Loop.reject: "r1mega.loop.reject",
+}
 
 
 def main() -> None:
@@ -25,45 +37,35 @@ def main() -> None:
     args = parser.parse_args()
     config = io.load(args.config)
     # Here and not above: the reward workers import this module again, and they need no torch.
-    from r1mega.parallel import device
+    from r1mega.parallel import device, fork
 
     # Before the loops are imported: they import Megatron, which binds the device when it is imported.
     device.prepare(str(config.device.type), int(os.environ.get("LOCAL_RANK", "0")), config.device.threads)
     # Megatron warns on every rank that apex and Transformer Engine are absent; `device.layer_spec` says which is meant.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
-    if args.replay:
-        from r1mega.loop import replay
-
-        round_number, _, update = args.replay.partition(":")
-        replay.main(config, int(round_number), int(update), args.out)
-        return
+    work = _loop(config) if args.replay is None else _replay(config, args.replay, args.out)
+    fork.divide()
     try:
-        if config.stage.loop is Loop.evaluate:
-            from r1mega.loop import evaluate
-
-            evaluate.main(config)
-        elif config.stage.loop is Loop.reject:
-            from r1mega.loop import reject
-
-            reject.main(config)
-        elif config.stage.loop is Loop.sft:
-            from r1mega.loop import sft
-
-            sft.main(config)
-        elif config.stage.loop is Loop.reward_model:
-            from r1mega.loop import reward_model
-
-            reward_model.main(config)
-        else:
-            from r1mega.loop import hybrid
-
-            hybrid.main(config)
+        work()
     except Stopped as stopped:
         from r1mega.parallel import groups
 
         groups.shutdown()
         print(f"r1mega: stopped after a checkpoint, as asked by {stopped}", file=sys.stderr)
         sys.exit(STOPPED)
+
+
+def _loop(config: Config) -> Callable[[], None]:
+    """The loop of the stage, imported, ready to be run."""
+    loop = importlib.import_module(_LOOPS[config.stage.loop])
+    return partial(loop.main, config)
+
+
+def _replay(config: Config, asked: str, out: Path) -> Callable[[], None]:
+    from r1mega.loop import replay
+
+    round_number, _, update = asked.partition(":")
+    return partial(replay.main, config, int(round_number), int(update), out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega.launch.ports import free_port
-from r1mega.launch.supervise import die_with_parent
+from r1mega.launch.rank_processes import die_with_parent
 from r1mega.rollout.engine_config import write_engine_config
 from r1mega.rollout.server import server_command, server_env
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from r1mega.launch.supervise import die_with_parent
+from r1mega.launch.rank_processes import die_with_parent
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("n1", "n2")

@@ -14,6 +14,8 @@ import argparse, os, sys
 parser = argparse.ArgumentParser()
 parser.add_argument("--config", required=True)
 path = parser.parse_args().config
+from r1mega.parallel import fork
+fork.divide()
 names = ("WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE")
 print(path, *(os.environ.get(name) for name in names), flush=True)
 if os.environ["RANK"] == os.environ.get("FAIL_RANK"):

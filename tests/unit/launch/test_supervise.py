@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,32 @@ import pytest
 from r1mega.launch.supervise import WorldResult, run_world, tail
 from r1mega.loop.stop import STOPPED
 
-HEADER = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
+only_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux kills children with their parent, or adopts"
+)
+# A process for each rank, for which `divide` does nothing, or one that becomes them all.
+HEADER = (
+    "import os, signal, sys, time\nfrom r1mega.parallel import fork\nfork.divide()\nrank = int(os.environ['RANK'])\n"
+)
 
 
-def world(tmp_path: Path, code: str, size: int = 3, grace_seconds: float = 2.0, **env: str) -> WorldResult:
-    argv = [sys.executable, "-c", HEADER + textwrap.dedent(code)]
-    return run_world(
-        argv, size, log_dir=tmp_path / "logs", env={"PLACE": str(tmp_path), **env}, grace_seconds=grace_seconds
-    )
+@pytest.fixture(autouse=True, params=[False, pytest.param(True, marks=only_linux)], ids=["each", "divided"])
+def divides(request: pytest.FixtureRequest) -> bool:
+    """Whether the ranks are forks of one process."""
+    return request.param
+
+
+@pytest.fixture
+def world(tmp_path: Path, divides: bool) -> Callable[..., WorldResult]:
+    """`world(code, size=3, grace_seconds=2.0, **env)` -> how a world of such ranks ended."""
+
+    def run(code: str, size: int = 3, grace_seconds: float = 2.0, **env: str) -> WorldResult:
+        argv = [sys.executable, "-c", HEADER + textwrap.dedent(code)]
+        env = {"PLACE": str(tmp_path), **env}
+        logs = tmp_path / "logs"
+        return run_world(argv, size, log_dir=logs, env=env, grace_seconds=grace_seconds, divides=divides)
+
+    return run
 
 
 NOTE_PID = "open(os.path.join(os.environ['PLACE'], f'pid{rank}'), 'w').write(str(os.getpid()))\n"
@@ -49,10 +69,10 @@ def is_gone(pid: int, seconds: float = 5.0) -> bool:
     return False
 
 
-def test_every_rank_gets_its_numbers_and_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_rank_gets_its_numbers_and_its_log(world, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code = "print('out', rank, os.environ['WORLD_SIZE'], os.environ['LOCAL_RANK'], os.environ['EXTRA'])\n"
     code += "print('err', rank, file=sys.stderr)"
-    assert world(tmp_path, code, EXTRA="x") == WorldResult(0)
+    assert world(code, EXTRA="x") == WorldResult(0)
     logs = [(tmp_path / "logs" / f"rank{rank}.log").read_text().split("\n") for rank in range(3)]
     assert sorted(logs[1]) == ["", "err 1", "out 1 3 1 x"]
     assert sorted(logs[2]) == ["", "err 2", "out 2 3 2 x"]
@@ -61,10 +81,10 @@ def test_every_rank_gets_its_numbers_and_its_log(tmp_path: Path, capfd: pytest.C
     assert capfd.readouterr().out == "out 0 3 0 x\n"
 
 
-def test_a_crash_ends_the_world_and_is_named_with_its_traceback(tmp_path: Path) -> None:
+def test_a_crash_ends_the_world_and_is_named_with_its_traceback(world, tmp_path: Path) -> None:
     code = NOTE_PID + "if rank == 1:\n    raise RuntimeError('the bolt is loose')\ntime.sleep(60)"
     begin = time.monotonic()
-    result = world(tmp_path, code)
+    result = world(code)
     assert time.monotonic() - begin < 10
     assert (result.exit_code, result.failed_rank) == (1, 1)
     assert result.message.startswith("rank 1 of 3 failed first (exit code 1)")
@@ -75,7 +95,7 @@ def test_a_crash_ends_the_world_and_is_named_with_its_traceback(tmp_path: Path) 
     assert all(is_gone(int(file.read_text()), 0.1) for file in tmp_path.glob("pid*"))
 
 
-def test_who_waited_too_long_in_a_collective_is_told_the_limit_and_where_to_look(tmp_path: Path) -> None:
+def test_who_waited_too_long_in_a_collective_is_told_the_limit_and_where_to_look(world, tmp_path: Path) -> None:
     """The words are gloo's own: two ranks of a real group, of which one does not come."""
     code = """
 from datetime import timedelta
@@ -86,29 +106,29 @@ if rank == 0:
     dist.all_reduce(torch.zeros(1))
 time.sleep(60)
 """
-    result = world(tmp_path, code, size=2, PLACE=str(tmp_path / "store"))
+    result = world(code, size=2, PLACE=str(tmp_path / "store"))
     assert result.failed_rank == 0
     assert "waited in a collective for longer than run.timeout_minutes" in result.message
 
 
-def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
+def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(world, tmp_path: Path) -> None:
     code = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + NOTE_PID
     code += "if rank == 2:\n    time.sleep(0.5)\n    sys.exit(7)\ntime.sleep(60)"
     begin = time.monotonic()
-    result = world(tmp_path, code, grace_seconds=1.0)
+    result = world(code, grace_seconds=1.0)
     assert 1.0 < time.monotonic() - begin < 8
     assert (result.exit_code, result.failed_rank) == (7, 2)
     assert all(is_gone(pid, 0.1) for pid in pids(tmp_path, 3))
 
 
-def test_death_by_signal_is_named(tmp_path: Path) -> None:
-    result = world(tmp_path, "if rank == 0:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)")
+def test_death_by_signal_is_named(world, tmp_path: Path) -> None:
+    result = world("if rank == 0:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)")
     assert (result.exit_code, result.failed_rank) == (128 + signal.SIGKILL, 0)
     assert "killed by SIGKILL" in result.message
     assert "its log is empty" in result.message
 
 
-def test_a_rank_that_lost_its_peer_is_not_blamed(tmp_path: Path) -> None:
+def test_a_rank_that_lost_its_peer_is_not_blamed(world, tmp_path: Path) -> None:
     # Rank 0 is gone first, but only because rank 1 is on its way out.
     code = """
         if rank == 0:
@@ -118,34 +138,41 @@ def test_a_rank_that_lost_its_peer_is_not_blamed(tmp_path: Path) -> None:
             raise ValueError('the cause')
         time.sleep(60)
     """
-    result = world(tmp_path, code)
+    result = world(code)
     assert result.failed_rank == 1
     assert "ValueError: the cause" in result.message
 
 
-def test_without_a_better_explanation_the_lost_peer_is_reported(tmp_path: Path) -> None:
-    result = world(tmp_path, "if rank == 1:\n    raise RuntimeError('Connection closed by peer')\ntime.sleep(60)")
+def test_without_a_better_explanation_the_lost_peer_is_reported(world, tmp_path: Path) -> None:
+    result = world("if rank == 1:\n    raise RuntimeError('Connection closed by peer')\ntime.sleep(60)")
     assert result.failed_rank == 1
 
 
-def test_what_a_rank_leaves_running_ends_with_the_world(tmp_path: Path) -> None:
+def test_what_a_rank_leaves_running_ends_with_the_world(world, tmp_path: Path) -> None:
     code = """
         import subprocess
         child = subprocess.Popen(['sleep', '60'])
         open(os.path.join(os.environ['PLACE'], f'pid{rank}'), 'w').write(str(child.pid))
     """
-    assert world(tmp_path, code, size=2).exit_code == 0
+    assert world(code, size=2).exit_code == 0
     assert all(is_gone(pid) for pid in pids(tmp_path, 2))
 
 
-def launcher(tmp_path: Path, code: str, grace_seconds: float = 2.0) -> subprocess.Popen[str]:
+@pytest.fixture
+def launcher(tmp_path: Path, divides: bool) -> Callable[..., subprocess.Popen[str]]:
+    """`launcher(code, grace_seconds=2.0)` -> a process that has started a world of three ranks."""
+    return partial(_launcher, tmp_path, divides)
+
+
+def _launcher(tmp_path: Path, divides: bool, code: str, grace_seconds: float = 2.0) -> subprocess.Popen[str]:
     argv = [sys.executable, "-c", HEADER + code]
     script = f"""
 import sys
 from pathlib import Path
 from r1mega.launch.supervise import run_world
 env = {{"PLACE": {str(tmp_path)!r}}}
-result = run_world({argv!r}, 3, log_dir=Path({str(tmp_path)!r}) / "logs", env=env, grace_seconds={grace_seconds})
+logs = Path({str(tmp_path)!r}) / "logs"
+result = run_world({argv!r}, 3, log_dir=logs, env=env, grace_seconds={grace_seconds}, divides={divides})
 print(result.message)
 sys.exit(result.exit_code)
 """
@@ -153,8 +180,8 @@ sys.exit(result.exit_code)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_the_launcher_ends_all(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    process = launcher(tmp_path, NOTE_PID + "time.sleep(60)")
+def test_a_signal_to_the_launcher_ends_all(launcher, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    process = launcher(NOTE_PID + "time.sleep(60)")
     ranks = pids(tmp_path, 3)
     begin = time.monotonic()
     process.send_signal(number)
@@ -165,9 +192,9 @@ def test_a_signal_to_the_launcher_ends_all(tmp_path: Path, number: signal.Signal
     assert all(is_gone(pid, 0.1) for pid in ranks)
 
 
-def test_a_second_signal_does_not_wait_for_the_grace(tmp_path: Path) -> None:
+def test_a_second_signal_does_not_wait_for_the_grace(launcher, tmp_path: Path) -> None:
     code = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + NOTE_PID + "time.sleep(60)"
-    process = launcher(tmp_path, code, grace_seconds=50.0)
+    process = launcher(code, grace_seconds=50.0)
     ranks = pids(tmp_path, 3)
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
@@ -179,9 +206,9 @@ def test_a_second_signal_does_not_wait_for_the_grace(tmp_path: Path) -> None:
     assert all(is_gone(pid, 0.1) for pid in ranks)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills children with their parent")
-def test_killing_the_launcher_kills_the_ranks(tmp_path: Path) -> None:
-    process = launcher(tmp_path, NOTE_PID + "time.sleep(60)")
+@only_linux
+def test_killing_the_launcher_kills_the_ranks(launcher, tmp_path: Path) -> None:
+    process = launcher(NOTE_PID + "time.sleep(60)")
     ranks = pids(tmp_path, 3)
     assert not any(is_gone(pid, 0.05) for pid in ranks)
     os.kill(process.pid, signal.SIGKILL)
@@ -189,9 +216,9 @@ def test_killing_the_launcher_kills_the_ranks(tmp_path: Path) -> None:
     assert all(is_gone(pid) for pid in ranks)
 
 
-def test_a_command_that_does_not_exist_leaves_nothing(tmp_path: Path) -> None:
+def test_a_command_that_does_not_exist_leaves_nothing(tmp_path: Path, divides: bool) -> None:
     with pytest.raises(FileNotFoundError):
-        run_world([str(tmp_path / "absent")], 2, log_dir=tmp_path)
+        run_world([str(tmp_path / "absent")], 2, log_dir=tmp_path, divides=divides)
 
 
 def test_tail_begins_at_the_last_traceback(tmp_path: Path) -> None:
@@ -203,7 +230,7 @@ def test_tail_begins_at_the_last_traceback(tmp_path: Path) -> None:
     assert tail(log, limit=3) == "97\n98\n99"
 
 
-def test_sigusr1_asks_and_ranks_that_stop_so_have_not_failed(tmp_path: Path) -> None:
+def test_sigusr1_asks_and_ranks_that_stop_so_have_not_failed(tmp_path: Path, divides: bool) -> None:
     """The launcher itself stays in charge: a rank that fails meanwhile is a failure still."""
     asked: list[str] = []
 
@@ -212,7 +239,8 @@ def test_sigusr1_asks_and_ranks_that_stop_so_have_not_failed(tmp_path: Path) -> 
         (tmp_path / "stop").touch()
 
     program = f"""
-import os, pathlib, signal, time
+{HEADER}
+import pathlib
 place = pathlib.Path({str(tmp_path)!r})
 if os.environ["RANK"] == "0":
     os.kill(os.getppid(), signal.SIGUSR1)
@@ -222,8 +250,8 @@ time.sleep(float(os.environ["RANK"]))
 raise SystemExit({STOPPED} if os.environ["RANK"] != os.environ.get("FAILS") else 1)
 """
     argv = [sys.executable, "-c", program]
-    result = run_world(argv, 2, log_dir=tmp_path / "logs", ask_to_stop=ask)
+    result = run_world(argv, 2, log_dir=tmp_path / "logs", ask_to_stop=ask, divides=divides)
     assert (result.exit_code, asked) == (STOPPED, ["SIGUSR1"])
     assert "stopped as asked, after a checkpoint" in result.message
-    result = run_world(argv, 2, log_dir=tmp_path / "logs", ask_to_stop=ask, env={"FAILS": "1"})
+    result = run_world(argv, 2, log_dir=tmp_path / "logs", ask_to_stop=ask, divides=divides, env={"FAILS": "1"})
     assert (result.exit_code, result.failed_rank) == (1, 1)
