@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from r1mega.config import io
-from r1mega.config.choices import Loop
+from r1mega.config.choices import EngineKind, Loop
 from r1mega.config.schema import Config
 from r1mega.loop.stop import STOPPED, Stopped
 
@@ -56,7 +56,9 @@ def main() -> None:
 
 
 def _loop(config: Config) -> Callable[[], None]:
-    """The loop of the stage, imported, ready to be run."""
+    """The loop of the stage, imported with all that forks should share, ready to be run."""
+    if config.rollout.engine is EngineKind.embedded and config.stage.loop in (Loop.rl, Loop.evaluate, Loop.reject):
+        importlib.import_module("r1mega.rollout.embedded")
     loop = importlib.import_module(_LOOPS[config.stage.loop])
     return partial(loop.main, config)
 
