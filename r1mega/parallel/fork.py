@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 ORDER = "R1MEGA_FORK"  # the launcher's order: JSON of `launcher`, `report`, `log_dir` and `world_size`
 
 
@@ -54,7 +55,9 @@ def _become(rank: int, order: dict, may_go: int, common: int) -> None:
     os.close(may_go)
     while reported and os.getppid() == common:
         time.sleep(0.001)
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(_PR_SET_NAME, f"rank{rank}".encode())  # what ps and top tell them apart by
     if not reported or os.getppid() != order["launcher"]:
         os._exit(1)
     with (Path(order["log_dir"]) / f"rank{rank}.log").open("ab") as log:

@@ -46,16 +46,18 @@ def read(path: Path, seconds: float = 20.0) -> str:
 def test_what_is_imported_is_shared_and_the_rest_is_each_ranks_own(tmp_path: Path) -> None:
     after = """
 
-about = [os.getppid(), os.getpgid(0) == os.getpid(), random.random(), fork.ORDER in os.environ, imported]
+name = pathlib.Path("/proc/self/comm").read_text().strip()
+about = [os.getppid(), os.getpgid(0) == os.getpid(), name, random.random(), fork.ORDER in os.environ, imported]
 (place / f"rank{rank}").write_text(repr(about))
 """
     argv = program(tmp_path, "imported = time.monotonic()", after)
     assert run_world(argv, 3, log_dir=tmp_path / "logs", divides=True).exit_code == 0
-    parents, leads, numbers, ordered, imported = zip(
+    parents, leads, names, numbers, ordered, imported = zip(
         *(eval((tmp_path / f"rank{rank}").read_text()) for rank in range(3)), strict=True
     )
     assert set(parents) == {os.getpid()}, "whoever starts them watches them and reaps them"
     assert set(leads) == {True}
+    assert names == ("rank0", "rank1", "rank2")
     assert len(set(numbers)) == 3, "forks draw random numbers of their own"
     assert set(ordered) == {False}, "what a rank starts must not divide again"
     assert len(set(imported)) == 1
