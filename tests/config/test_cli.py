@@ -13,7 +13,7 @@ from r1mega import cli
 
 # The training process of these tests says where its configuration is, and does nothing. The checks that tokenize and
 # compare tensors are left out: the checkpoint here is made of a few bytes.
-WORKER = "import sys\nprint('worker', sys.argv[2], flush=True)\n"
+WORKER = "import sys\nfrom r1mega.parallel import fork\nfork.divide()\nprint('worker', sys.argv[2], flush=True)\n"
 DRIVER = """
 import sys
 from r1mega import cli
