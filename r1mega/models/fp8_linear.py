@@ -63,6 +63,11 @@ def in_blocks(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return values.view(padded.shape)[:m, :n]
 
 
+def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The product [m, n] of what blocks hold, [m, k] and [k, n], in fp32. TF32 would do no harm: they have 4 bits."""
+    return left @ right
+
+
 class _Fp8Product(torch.autograd.Function):
     """x [..., in], weight [out, in], bias [out] or None -> x weight^T + bias [..., out] in the dtype of x."""
 
@@ -81,7 +86,7 @@ class _Fp8Product(torch.autograd.Function):
         # With a frozen weight x is of no more use.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         whole = x if gather is None else _gathered(x, gather)
-        product = in_blocks(_matrix(whole), 1, BLOCK) @ in_blocks(weight, BLOCK, BLOCK).t()
+        product = multiply(in_blocks(_matrix(whole), 1, BLOCK), in_blocks(weight, BLOCK, BLOCK).t())
         if bias is not None:
             product += bias.float()
         return product.to(x.dtype).view(*whole.shape[:-1], weight.shape[0])
@@ -92,7 +97,7 @@ class _Fp8Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = communication = None
         if ctx.needs_input_grad[0]:
-            grad_x = (in_blocks(_matrix(grad), 1, BLOCK) @ in_blocks(weight, BLOCK, BLOCK)).to(grad.dtype)
+            grad_x = multiply(in_blocks(_matrix(grad), 1, BLOCK), in_blocks(weight, BLOCK, BLOCK)).to(grad.dtype)
             grad_x = grad_x.view(*grad.shape[:-1], weight.shape[1])
             if ctx.gather is not None:
                 whole, grad_x = grad_x, grad_x.new_empty(grad.shape[0] // ctx.gather.size(), *grad_x.shape[1:])
@@ -101,7 +106,8 @@ class _Fp8Product(torch.autograd.Function):
                 communication = dist.all_reduce(grad_x, group=ctx.reduce, async_op=True)
         if ctx.needs_input_grad[1]:
             x = x if ctx.gather is None else _gathered(x, ctx.gather)
-            grad_weight = (in_blocks(_matrix(grad), BLOCK, 1).t() @ in_blocks(_matrix(x), BLOCK, 1)).to(weight.dtype)
+            grad_weight = multiply(in_blocks(_matrix(grad), BLOCK, 1).t(), in_blocks(_matrix(x), BLOCK, 1))
+            grad_weight = grad_weight.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = _matrix(grad).sum(0)
         if communication is not None:
