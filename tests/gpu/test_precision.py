@@ -1,4 +1,4 @@
-"""Precisions that only a GPU has, held to each other over a short training."""
+"""Precisions of a GPU, held to each other over a short training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,29 @@ def test_transformer_engine_trains_as_the_torch_layers_do(sft_losses):
     assert sum(bf16[-10:]) < 0.8 * sum(bf16[:10]), "nothing was learned, so the comparison says nothing"
 
 
-def test_fp8_trains_as_bf16_does(sft_losses):
-    """DeepSeek-V3 section 3.3 reports a relative loss error below 0.25%. At three times this learning rate the model
-    learns the lines' period within the fifty updates, and what decides when is chance."""
-    gentle = "optim.lr=3e-4"
-    bf16, found = sft_losses(*TE, gentle), sft_losses("precision=fp8", "device.layer_spec=te", gentle)
-    assert sum(found) == pytest.approx(sum(bf16), rel=0.0025)
-    assert found != bf16
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("fp8", "bf16"),
+    [
+        (("precision=fp8", "device.layer_spec=te"), TE),
+        (("precision=fp8_emulated",), ("precision=bf16",)),
+    ],
+    ids=["te", "emulated"],
+)
+def test_fp8_trains_as_bf16_does(sft_losses, fp8, bf16):
+    """DeepSeek-V3 section 3.3 reports a relative loss error below 0.25%; here it is of three orders of the rows.
+
+    At three times this learning rate the model learns the lines' period within the fifty updates, and what decides when
+    is chance. What this notices is FP8 that does not train, as with no scales or with weights quantised once: losses
+    are then 10% off and more. A bit less in every operand passes; tests/gpu/test_fp8.py is what notices that.
+    """
+    runs = [(f"run.seed={seed}", "optim.lr=3e-4") for seed in range(3)]
+    theirs = [sft_losses(*bf16, *run) for run in runs]
+    found = [sft_losses(*fp8, *run) for run in runs]
+    assert sum(map(sum, found)) == pytest.approx(sum(map(sum, theirs)), rel=0.0025)
+    assert all(sum(a) == pytest.approx(sum(b), rel=0.0075) for a, b in zip(found, theirs, strict=True))
+    assert found != theirs
+    assert all(sum(losses[-10:]) < 0.6 * sum(losses[:10]) for losses in found), "nothing was learned"
 
 
 def test_moments_in_bf16_train_as_moments_in_fp32_do(sft_losses):
