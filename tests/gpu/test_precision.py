@@ -20,7 +20,6 @@ def test_transformer_engine_trains_as_the_torch_layers_do(sft_losses):
     assert sum(bf16[-10:]) < 0.8 * sum(bf16[:10]), "nothing was learned, so the comparison says nothing"
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("fp8", "bf16"),
     [
@@ -30,19 +29,16 @@ def test_transformer_engine_trains_as_the_torch_layers_do(sft_losses):
     ids=["te", "emulated"],
 )
 def test_fp8_trains_as_bf16_does(sft_losses, fp8, bf16):
-    """DeepSeek-V3 section 3.3 reports a relative loss error below 0.25%; here it is of three orders of the rows.
+    """DeepSeek-V3 section 3.3 reports a relative loss error below 0.25%.
 
-    At three times this learning rate the model learns the lines' period within the fifty updates, and what decides when
-    is chance. What this notices is FP8 that does not train, as with no scales or with weights quantised once: losses
-    are then 10% off and more. A bit less in every operand passes; tests/gpu/test_fp8.py is what notices that.
+    Of letters, not digits: there the sum of the losses hardly scatters (benchmarks/fp8_training.py on a CPU: 0.001%
+    where sums are taken in another order, 0.002% in emulated FP8, with digits 0.2%). What this notices is FP8 that does
+    not train: without scales the losses are 20% off. How well numbers are rounded is for test_fp8.py.
     """
-    runs = [(f"run.seed={seed}", "optim.lr=3e-4") for seed in range(3)]
-    theirs = [sft_losses(*bf16, *run) for run in runs]
-    found = [sft_losses(*fp8, *run) for run in runs]
-    assert sum(map(sum, found)) == pytest.approx(sum(map(sum, theirs)), rel=0.0025)
-    assert all(sum(a) == pytest.approx(sum(b), rel=0.0075) for a, b in zip(found, theirs, strict=True))
+    theirs, found = (sft_losses(*options, "optim.lr=3e-4", lines="letters") for options in (bf16, fp8))
+    assert sum(found) == pytest.approx(sum(theirs), rel=0.0025)
     assert found != theirs
-    assert all(sum(losses[-10:]) < 0.6 * sum(losses[:10]) for losses in found), "nothing was learned"
+    assert sum(found[-10:]) < 0.8 * sum(found[:10]), "nothing was learned, so the comparison says nothing"
 
 
 def test_moments_in_bf16_train_as_moments_in_fp32_do(sft_losses):
