@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "te_fp8": {"params_dtype": "bfloat16", "layer_spec": "te", "fp8": True},
 }
 # FP8 with a fault, by what it does to `models.fp8_linear`.
-FAULTS = ("per_tensor", "two_bits", "two_bits_backward", "unscaled", "stale_weights", "bf16_sums")
+FAULTS = ("per_tensor", "two_bits", "two_bits_of_weights", "unscaled", "stale_weights", "bf16_sums")
 RECIPES = (*OPTIONS, *FAULTS)
 
 
@@ -79,7 +79,9 @@ def fault(name: str) -> Iterator[None]:
 
     from r1mega.models import fp8_linear
 
-    own = {key: getattr(fp8_linear, key) for key in ("in_blocks", "block_scale", "multiply", "MANTISSA_BITS")}
+    own: dict[str, Any] = {
+        key: getattr(fp8_linear, key) for key in ("in_blocks", "block_scale", "multiply", "MANTISSA_BITS")
+    }
     in_blocks, kept = fp8_linear.in_blocks, {}
 
     def whole(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -90,13 +92,13 @@ def fault(name: str) -> Iterator[None]:
             return in_blocks(matrix, rows, columns)
         return kept.setdefault((matrix.data_ptr(), matrix.shape), in_blocks(matrix, rows, columns))
 
-    def fewer_backward(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        # The backward pass runs without a graph inside it, and so does the forward pass of a Function: told by x.
+    def fewer_for_weights(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        # Blocks of tokens are of the gradient of a weight alone.
         fp8_linear.MANTISSA_BITS = 2 if columns == 1 else 3
         return in_blocks(matrix, rows, columns)
 
     def in_bf16(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(left.shape[0], right.shape[1])
+        total = left.new_zeros(left.shape[0], right.shape[1])
         for at in range(0, left.shape[1], 32):
             total = (total + left[:, at : at + 32] @ right[at : at + 32]).bfloat16().float()
         return total
@@ -104,7 +106,7 @@ def fault(name: str) -> Iterator[None]:
     changes: dict[str, dict[str, Any]] = {
         "per_tensor": {"in_blocks": whole},
         "two_bits": {"MANTISSA_BITS": 2},
-        "two_bits_backward": {"in_blocks": fewer_backward},
+        "two_bits_of_weights": {"in_blocks": fewer_for_weights},
         "unscaled": {"block_scale": lambda largest, _dtype: torch.ones_like(largest)},
         "stale_weights": {"in_blocks": stale},
         "bf16_sums": {"multiply": in_bf16},
