@@ -260,7 +260,7 @@ def _check_gpu_only(config: Config, here: bool) -> Iterator[Fault]:
     wanted = [
         ("parallel.dispatcher", parallel.dispatcher is Dispatcher.flex, "deep_ep"),
         ("precision.moments", precision.moments is ParamDtype.bf16, "transformer_engine"),
-        ("precision.fp8", precision.fp8, "transformer_engine"),
+        ("precision.fp8", precision.fp8 and not precision.emulate_fp8, "transformer_engine"),
         ("device.fuse_weight_gradients", device.fuse_weight_gradients, "apex"),
     ]
     for field, is_on, package in wanted:
@@ -269,14 +269,31 @@ def _check_gpu_only(config: Config, here: bool) -> Iterator[Fault]:
             yield Fault(field, value, "needs a GPU (device=cuda)", f"take {field} back to its default")
         elif is_on and here and _is_absent(config, package):
             yield Fault(field, value, f"{package} is not installed", f"install it, or take {field} back to its default")
-    if precision.fp8 and device.layer_spec is not LayerSpec.te:
-        constraint = "its matrix products are Transformer Engine's"
-        yield Fault("precision.fp8", "true", constraint, "set device.layer_spec=te or precision=bf16")
-    if precision.fp8 and precision.params is not ParamDtype.bf16:
-        yield Fault("precision.params", "fp32", "FP8 training keeps its other numbers in bf16", "use precision=fp8")
+    yield from _check_fp8(config)
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         constraint = "parameters are gathered by the buckets gradients are reduced in"
         yield Fault("parallel.overlap_param_gather", "true", constraint, "set parallel.overlap_grad_reduce=true")
+
+
+def _check_fp8(config: Config) -> Iterator[Fault]:
+    precision, device = config.precision, config.device
+    emulated = precision.emulate_fp8
+    if precision.fp8 and not emulated and device.layer_spec is not LayerSpec.te:
+        constraint = "its matrix products are Transformer Engine's"
+        yield Fault("precision.fp8", "true", constraint, "set device.layer_spec=te or precision=bf16")
+    if precision.fp8 and precision.params is not ParamDtype.bf16:
+        remedy = f"use precision=fp8{'_emulated' if emulated else ''}"
+        yield Fault("precision.params", "fp32", "FP8 training keeps its other numbers in bf16", remedy)
+    if emulated and not precision.fp8:
+        constraint = "nothing is in FP8 with precision.fp8=false"
+        yield Fault("precision.emulate_fp8", "true", constraint, "use precision=fp8_emulated")
+    if emulated and device.layer_spec is not LayerSpec.torch:
+        constraint = f"emulated products are those of plain torch, and device.layer_spec={device.layer_spec}"
+        remedy = "set device.layer_spec=torch, or use precision=fp8"
+        yield Fault("precision.emulate_fp8", "true", constraint, remedy)
+    if emulated and device.fuse_weight_gradients:
+        constraint = "apex's kernel knows no emulated FP8"
+        yield Fault("device.fuse_weight_gradients", "true", constraint, "set device.fuse_weight_gradients=false")
 
 
 def _check_saving(config: Config) -> Iterator[Fault]:

@@ -73,6 +73,7 @@ def model_options(config: Config) -> ModelOptions:
     return ModelOptions(
         params_dtype=torch_dtype(config.precision.params),
         fp8=config.precision.fp8,
+        emulate_fp8=config.precision.emulate_fp8,
         dispatcher=str(config.parallel.dispatcher),
         fuse_weight_gradients=config.device.fuse_weight_gradients,
         layer_spec=str(config.device.layer_spec),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -34,7 +35,7 @@ def _chunk(
     vp_stage = index if layout.vpp > 1 else None
     model = HiddenStateGPT(
         config=config,
-        transformer_layer_spec=decoder_spec(config, options.layer_spec, vp_stage),
+        transformer_layer_spec=decoder_spec(config, options.layer_spec, vp_stage, emulate_fp8=options.emulate_fp8),
         vocab_size=padded_vocab_size(fields, layout),
         max_sequence_length=fields["max_position_embeddings"],
         pre_process=chunk == 0,
@@ -43,7 +44,7 @@ def _chunk(
         share_embeddings_and_output_weights=fields["tie_word_embeddings"] and not fields.has_score,
         position_embedding_type="rope",
         rotary_base=fields.rope["rope_theta"],
-        mtp_block_spec=mtp_spec(config, options.layer_spec, vp_stage) if is_last and fields.num_mtp_layers else None,
+        mtp_block_spec=_mtp(config, options, vp_stage) if is_last and fields.num_mtp_layers else None,
         pg_collection=groups.collection,
         vp_stage=vp_stage,
     )
@@ -56,6 +57,10 @@ def _chunk(
         model.mtp.requires_grad_(False)
     mark_expert_parameters(model)
     return model.to(groups.device)
+
+
+def _mtp(config: TransformerConfig, options: ModelOptions, vp_stage: int | None) -> ModuleSpec:
+    return mtp_spec(config, options.layer_spec, vp_stage, emulate_fp8=options.emulate_fp8)
 
 
 def _llama3_inverse_frequencies(fields: HfFields) -> torch.Tensor:

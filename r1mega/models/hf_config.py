@@ -26,7 +26,8 @@ class ModelOptions:
     router_bias_update_rate: float = 0.0
     router_balance_coef: float = 0.0
     freezes_mtp: bool = False
-    fp8: bool = False
+    fp8: bool = False  # matrix products of FP8 blocks: Transformer Engine's with layer_spec "te",
+    emulate_fp8: bool = False  # or with this and "torch" emulated ones
     dispatcher: str = "alltoall"  # or "flex"
     fuse_weight_gradients: bool = False
     recompute: str = "none"  # or "selective", "full"
@@ -42,7 +43,11 @@ def transformer_config(fields: HfFields, layout: Layout, options: ModelOptions) 
     """
     common = _common(fields, layout, options)
     if fields.family == "deepseek_v3":
-        return MLATransformerConfig(**common, **_mla(fields), **_moe(fields, options))
+        config = MLATransformerConfig(**common, **_mla(fields), **_moe(fields, options))
+        # As in FP8 of Transformer Engine, which the constructor wants with it: the blocks of an expert's tokens are
+        # then the same. The tokens that join have weight 0.
+        config.moe_router_padding_for_quantization = options.fp8
+        return config
     return TransformerConfig(
         **common,
         num_query_groups=fields["num_key_value_heads"],
@@ -123,7 +128,7 @@ def _pipeline(fields: HfFields, layout: Layout) -> list[list[str]]:
 
 def _fp8(options: ModelOptions) -> dict[str, Any]:
     """Transformer Engine's blockwise recipe; the router pads each expert's tokens to what FP8 products divide."""
-    if not options.fp8:
+    if not options.fp8 or options.emulate_fp8:
         return {}
     return {"fp8": "e4m3", "fp8_recipe": "blockwise", "moe_router_padding_for_quantization": True}
 

@@ -10,11 +10,16 @@ when Transformer Engine is absent:
 - With tp > 1, ep = 1 and etp = 1 expert gradients are not summed over the tensor ranks that each route a part of the
   sequence (60-86% off, and the loss looks healthy): `mark_expert_parameters` hands them to the expert data group.
 - `HAVE_TE` stays true in the MLA module, and the router calls a function that was never imported.
+
+With emulated FP8 the linear layers are those of `models.fp8_linear`, just where Transformer Engine's spec has its own
+under Megatron-Core's FP8 context: attention's and MLA's projections, MLPs, experts, shared experts and the projection
+before a layer two tokens ahead. Embedding, head, router, norms and core attention are not among them in either spec.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from typing import NamedTuple
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -45,6 +50,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from r1mega.models.attention import TorchCoreAttention
+from r1mega.models.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear, fp8_linear
 from r1mega.models.mtp import PackedMTPLayer
 from r1mega.models.router import SequenceLayer, SequenceRouter
 
@@ -81,8 +87,36 @@ class DuplicatedLinear(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight), None
 
 
-def decoder_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+class Fp8DuplicatedLinear(DuplicatedLinear):
+    """The same in emulated FP8."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return fp8_linear(x, self.weight), None
+
+
+class _Linears(NamedTuple):
+    """The classes of linear layers that a model is built from."""
+
+    column: type[torch.nn.Module]
+    row: type[torch.nn.Module]
+    duplicated: type[torch.nn.Module]
+
+    @classmethod
+    def of(cls, *, emulate_fp8: bool) -> _Linears:
+        if emulate_fp8:
+            return cls(Fp8ColumnParallelLinear, Fp8RowParallelLinear, Fp8DuplicatedLinear)
+        return cls(ColumnParallelLinear, RowParallelLinear, DuplicatedLinear)
+
+    def mlp(self) -> MLPSubmodules:
+        return MLPSubmodules(linear_fc1=self.column, linear_fc2=self.row)
+
+
+def decoder_spec(
+    config: TransformerConfig, layer_spec: str, vp_stage: int | None = None, *, emulate_fp8: bool = False
+) -> TransformerBlockSubmodules:
     """The decoder layers of this rank's pipeline stage, or of one of its chunks in an interleaved pipeline.
+
+    `emulate_fp8`: the linear layers of the torch spec compute in emulated FP8.
 
     Raises:
         ValueError: `te` is asked for and Transformer Engine is not installed, or the name is unknown.
@@ -101,11 +135,12 @@ def decoder_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | Non
         return block
     if layer_spec != "torch":
         raise ValueError(f"device.layer_spec: got {layer_spec}; must be torch or te")
-    _mend_absent_transformer_engine()
-    dense, moe = _layer(config, is_moe=False), None
+    linears = _Linears.of(emulate_fp8=emulate_fp8)
+    _mend_absent_transformer_engine(linears)
+    dense, moe = _layer(config, linears, is_moe=False), None
     pattern = [0] * config.num_layers
     if config.num_moe_experts:
-        moe, pattern = _layer(config, is_moe=True), config.moe_layer_freq
+        moe, pattern = _layer(config, linears, is_moe=True), config.moe_layer_freq
     layers = [moe if is_moe else dense for is_moe in pattern]
     first = get_transformer_layer_offset(config, vp_stage)
     return TransformerBlockSubmodules(
@@ -113,7 +148,9 @@ def decoder_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | Non
     )
 
 
-def mtp_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None = None) -> ModuleSpec:
+def mtp_spec(
+    config: TransformerConfig, layer_spec: str, vp_stage: int | None = None, *, emulate_fp8: bool = False
+) -> ModuleSpec:
     """The multi-token-prediction layer (V3 section 2.2), whose inner layer is one of experts."""
     if layer_spec == "te":
         decoder = gpt_layer_specs.get_gpt_decoder_layer_specs(
@@ -126,13 +163,14 @@ def mtp_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None = 
         for layer in block.layer_specs:
             layer.module = PackedMTPLayer
         return ModuleSpec(module=MultiTokenPredictionBlock, submodules=block)
+    linears = _Linears.of(emulate_fp8=emulate_fp8)
     layer = ModuleSpec(
         module=PackedMTPLayer,
         submodules=MultiTokenPredictionLayerSubmodules(
             enorm=RMSNorm,
             hnorm=RMSNorm,
-            eh_proj=ColumnParallelLinear,
-            transformer_layer=_layer(config, is_moe=True),
+            eh_proj=linears.column,
+            transformer_layer=_layer(config, linears, is_moe=True),
             layer_norm=RMSNorm,
         ),
     )
@@ -149,8 +187,8 @@ def mark_expert_parameters(model: torch.nn.Module) -> None:
             parameter.allreduce = False
 
 
-def _layer(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
-    attention = _mla() if config.multi_latent_attention else _grouped_query_attention()
+def _layer(config: TransformerConfig, linears: _Linears, *, is_moe: bool) -> ModuleSpec:
+    attention = _mla(linears) if config.multi_latent_attention else _grouped_query_attention(linears)
     return ModuleSpec(
         module=SequenceLayer if is_moe else TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -158,7 +196,7 @@ def _layer(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_experts() if is_moe else ModuleSpec(module=MLP, submodules=_linears()),
+            mlp=_experts(linears) if is_moe else ModuleSpec(module=MLP, submodules=linears.mlp()),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_names_in_checkpoints(config, is_moe=is_moe),
         ),
@@ -184,57 +222,53 @@ def _route_by_sequence(layer: ModuleSpec) -> None:
         mlp.submodules.router = SequenceRouter
 
 
-def _linears() -> MLPSubmodules:
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-
-
-def _experts() -> ModuleSpec:
+def _experts(linears: _Linears) -> ModuleSpec:
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=_linears()),
+            experts=ModuleSpec(module=SequentialMLP, submodules=linears.mlp()),
             router=SequenceRouter,
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_linears()),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears.mlp()),
         ),
         metainfo={"fuse_pre_mlp_layernorm": False},
     )
 
 
-def _mla() -> ModuleSpec:
+def _mla(linears: _Linears) -> ModuleSpec:
     return ModuleSpec(
         module=MLASelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=ColumnParallelLinear,
-            linear_q_down_proj=DuplicatedLinear,
-            linear_q_up_proj=ColumnParallelLinear,
-            linear_kv_down_proj=DuplicatedLinear,
-            linear_kv_up_proj=ColumnParallelLinear,
+            linear_q_proj=linears.column,
+            linear_q_down_proj=linears.duplicated,
+            linear_q_up_proj=linears.column,
+            linear_kv_down_proj=linears.duplicated,
+            linear_kv_up_proj=linears.column,
             core_attention=TorchCoreAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=linears.row,
             q_layernorm=RMSNorm,
             kv_layernorm=RMSNorm,
         ),
     )
 
 
-def _grouped_query_attention() -> ModuleSpec:
+def _grouped_query_attention(linears: _Linears) -> ModuleSpec:
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=linears.column,
             core_attention=TorchCoreAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=linears.row,
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,
         ),
     )
 
 
-def _mend_absent_transformer_engine() -> None:
+def _mend_absent_transformer_engine(linears: _Linears) -> None:
     # MLASelfAttention picks the arguments of a down-projection by its class; ours goes where the plain Linear goes.
-    multi_latent_attention.Linear = DuplicatedLinear
+    multi_latent_attention.Linear = linears.duplicated
     if importlib.util.find_spec("transformer_engine") is None:
         multi_latent_attention.HAVE_TE = False
         if not hasattr(moe_utils, "te_general_gemm"):

@@ -36,6 +36,7 @@ class Compute:
     layer_spec: str = "torch"
     itemsize: int = 2
     fp8: bool = False
+    emulates_fp8: bool = False  # saves what bf16 saves
     recompute: str = "none"
     recompute_modules: tuple[str, ...] = ()
     recompute_num_layers: int = 1

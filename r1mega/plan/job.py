@@ -201,7 +201,8 @@ def compute_of(config: Config) -> Compute:
     return Compute(
         layer_spec=str(config.device.layer_spec),
         itemsize=4 if config.precision.params is ParamDtype.fp32 else 2,
-        fp8=config.precision.fp8,
+        fp8=config.precision.fp8 and not config.precision.emulate_fp8,
+        emulates_fp8=config.precision.emulate_fp8,
         recompute=str(memory.recompute),
         recompute_modules=tuple(memory.recompute_modules),
         recompute_num_layers=memory.recompute_num_layers,

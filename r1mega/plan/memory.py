@@ -218,7 +218,7 @@ class StageMemory:
     def backward(self) -> float:
         """Beyond what is saved: a layer's recomputed tensors, and what its backward pass makes."""
         kinds = {moe for chunk in self._chunks() for moe in chunk} or {False}
-        return max(self._recomputed(moe) + self._working(moe) for moe in kinds)
+        return max(self._recomputed(moe) + self._working(moe) for moe in kinds) + self._emulation()
 
     def _recomputed(self, moe: bool) -> float:
         whole = Layers(self.fields, self.layout, replace(self.compute, recompute="none"))
@@ -261,7 +261,14 @@ class StageMemory:
             halves.append(self._dispatched())
         if any(not moe for chunk in self._chunks() for moe in chunk):
             halves.append((5 if self.compute.layer_spec == "torch" else 3) * e * layers.f * tokens)
-        return stream + max(halves)
+        return stream + max(halves) + self._emulation()
+
+    def _emulation(self) -> float:
+        """What emulated FP8 makes of the largest operand of a product, five copies of 4 bytes: itself, scaled, rounded,
+        the exponents, and the result of the product."""
+        layers = self.layers
+        widest = max(layers.h, 2 * layers.f, layers.n * layers.dq)
+        return 5 * 4 * widest * max(layers.h, self.pack.tokens) if self.compute.emulates_fp8 else 0.0
 
     def _dispatched(self) -> float:
         """Copies of the experts' tokens that are there at once at the end of a layer's experts: as they came (and, with

@@ -141,8 +141,10 @@ class Speed:
     def _pass(self, factor: float) -> float:
         """Matrix products of an update on the slowest stage: `factor` forward passes."""
         cluster, layout = self.config.cluster, self.layout
-        peak = cluster.gpu_fp8_tflops if self.config.precision.fp8 else cluster.gpu_bf16_tflops
-        if self.itemsize == 4:
+        precision = self.config.precision
+        emulated = precision.emulate_fp8  # its products are taken in fp32
+        peak = cluster.gpu_fp8_tflops if precision.fp8 and not emulated else cluster.gpu_bf16_tflops
+        if self.itemsize == 4 or emulated:
             peak /= 16  # without tensor cores (H100 SXM: 67 of 989)
         tokens = self.job.tokens_per_update / layout.dp / (layout.tp * layout.cp)
         return factor * max(self.stage_flops()) * tokens / (peak * 1e12 * self.config.plan.mfu)

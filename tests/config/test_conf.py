@@ -46,6 +46,7 @@ COMPANIONS = {
     **{("sglang", name): [V3, GPU, ("rollout", "sglang")] for name in ("r1_671b", "r1_671b_64gpu")},
     ("sglang", "tp8_turns"): [GPU, ("rollout", "sglang")],
     ("precision", "fp8"): [GPU, V3],
+    ("precision", "fp8_emulated"): [V3],
     ("precision", "bf16_v3"): [GPU],
 }  # fmt: skip
 

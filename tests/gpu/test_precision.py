@@ -1,4 +1,4 @@
-"""Precisions that only a GPU has, held to each other over a short training."""
+"""Precisions of a GPU, held to each other over a short training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,26 @@ def test_transformer_engine_trains_as_the_torch_layers_do(sft_losses):
     assert sum(bf16[-10:]) < 0.8 * sum(bf16[:10]), "nothing was learned, so the comparison says nothing"
 
 
-def test_fp8_trains_as_bf16_does(sft_losses):
-    """DeepSeek-V3 section 3.3 reports a relative loss error below 0.25%. At three times this learning rate the model
-    learns the lines' period within the fifty updates, and what decides when is chance."""
-    gentle = "optim.lr=3e-4"
-    bf16, found = sft_losses(*TE, gentle), sft_losses("precision=fp8", "device.layer_spec=te", gentle)
-    assert sum(found) == pytest.approx(sum(bf16), rel=0.0025)
-    assert found != bf16
+@pytest.mark.parametrize(
+    ("fp8", "bf16"),
+    [
+        (("precision=fp8", "device.layer_spec=te"), TE),
+        (("precision=fp8_emulated",), ("precision=bf16",)),
+    ],
+    ids=["te", "emulated"],
+)
+def test_fp8_trains_as_bf16_does(sft_losses, fp8, bf16):
+    """DeepSeek-V3 section 3.3 reports a relative loss error below 0.25%.
+
+    Of letters, not digits, whose period a model finds when chance has it. With benchmarks/fp8_training.py on a CPU
+    emulated FP8 is then 0.00% and 0.13% off (two seeds), and bf16 0.001% where its sums are taken in another order.
+    What this notices is FP8 that does not train: without scales the losses are 20% off, with weights quantised once
+    40%. One bit less in every operand passes with 0.20%: how well numbers are rounded is for test_fp8.py.
+    """
+    theirs, found = (sft_losses(*options, "optim.lr=3e-4", lines="letters") for options in (bf16, fp8))
+    assert sum(found) == pytest.approx(sum(theirs), rel=0.0025)
+    assert found != theirs
+    assert sum(found[-10:]) < 0.8 * sum(found[:10]), "nothing was learned, so the comparison says nothing"
 
 
 def test_moments_in_bf16_train_as_moments_in_fp32_do(sft_losses):

@@ -53,6 +53,9 @@ SERVERS = {
 }
 FAR = SERVERS | {"sglang__hosts": ["a", "b", "c"], "sglang__remote": "env X={host}", "sglang__weights_dir": "/dev/shm"}
 SFT = {"stage__loop": choices.Loop.sft, "data__format": choices.DataFormat.sft}
+EMULATED = {
+    "precision__params": choices.ParamDtype.bf16, "precision__fp8": True, "precision__emulate_fp8": True,
+}  # fmt: skip
 
 
 def test_a_good_configuration_has_no_fault(good: Config) -> None:
@@ -60,6 +63,7 @@ def test_a_good_configuration_has_no_fault(good: Config) -> None:
     assert messages(good, **SFT) == []
     assert messages(good, **SERVERS) == []
     assert messages(good, **SERVERS, sglang__router=True) == []
+    assert messages(good, **EMULATED) == []  # on a CPU, without Transformer Engine
     assert messages(good, **FAR) == []
     assert messages(good, **SFT, **SERVERS | {"sglang__python": "/none/python"}) == []  # nothing is generated
 
@@ -102,6 +106,14 @@ def test_all_faults_are_reported_together(good: Config) -> None:
             {"device__fuse_weight_gradients": True},
             "device.fuse_weight_gradients: got true; needs a GPU (device=cuda); "
             "take device.fuse_weight_gradients back to its default",
+        ),
+        (
+            {"precision__emulate_fp8": True},
+            "precision.emulate_fp8: got true; nothing is in FP8 with precision.fp8=false; use precision=fp8_emulated",
+        ),
+        (
+            EMULATED | {"precision__params": choices.ParamDtype.fp32},
+            "precision.params: got fp32; FP8 training keeps its other numbers in bf16; use precision=fp8_emulated",
         ),
         (
             {"parallel__overlap_param_gather": True},
@@ -364,6 +376,35 @@ def test_all_faults_are_reported_together(good: Config) -> None:
 )
 def test_rules_between_fields(good: Config, values: dict[str, object], message: str) -> None:
     assert messages(good, **values) == [message]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"device__layer_spec": choices.LayerSpec.te},
+            "precision.emulate_fp8: got true; emulated products are those of plain torch, and device.layer_spec=te; "
+            "set device.layer_spec=torch, or use precision=fp8",
+        ),
+        (
+            {"device__fuse_weight_gradients": True},
+            "device.fuse_weight_gradients: got true; apex's kernel knows no emulated FP8; "
+            "set device.fuse_weight_gradients=false",
+        ),
+    ],
+)
+def test_emulated_fp8_is_of_plain_torch(good: Config, values: dict[str, object], message: str) -> None:
+    """Beside what else speaks against it on this machine."""
+    assert message in messages(good, **EMULATED | values)
+
+
+def test_emulated_fp8_wants_no_transformer_engine(good: Config) -> None:
+    cuda = {"device__type": choices.DeviceType.cuda}
+    told = {text.partition(":")[0] for text in messages(good, **EMULATED | cuda)}
+    assert told == {text.partition(":")[0] for text in messages(good, **cuda)}
+    assert messages(good, **EMULATED | {"precision__emulate_fp8": False})[0].startswith(
+        "precision.fp8: got true; needs"
+    )
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ CASES: list[tuple[str, dict[str, Any], list[int], str, dict[str, Any]]] = [
     ("qwen2 core_attn odd", QWEN2, ODD, "bf16", CORE),
     ("qwen2 mlp", QWEN2, EVEN, "bf16", {"recompute": "selective", "recompute_modules": ("mlp",)}),
     ("qwen2 full", QWEN2, ODD, "bf16", FULL),
+    ("qwen2 emulated fp8", QWEN2, [70, 58], "bf16", {"fp8": True, "emulate_fp8": True}),  # 128 tokens, which it pads to
     ("llama none", LLAMA, EVEN, "fp32", {}),
     ("llama full of two", LLAMA, EVEN, "bf16", {**FULL, "recompute_num_layers": 2}),
     ("deepseek none", DEEPSEEK, EVEN, "bf16", {}),

@@ -50,7 +50,7 @@ def test_every_case_is_what_autograd_saves(cases):
         for case in cases
         if abs(estimate(case) / case["bytes"] - 1) > TOLERANCE
     }
-    assert len(cases) == 16
+    assert len(cases) == 17
     assert wrong == {}
 
 
