@@ -14,15 +14,17 @@ import argparse
 import json
 import os
 import random
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from r1mega.parallel import groups
+from r1mega.config.choices import DeviceType
+from r1mega.launch.local import worker_env
+from r1mega.parallel import fork, groups
 from r1mega.parallel.layout import Layout
 
 REPO = Path(__file__).resolve().parents[1]
@@ -33,7 +35,7 @@ WIDE = {
     "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "q_lora_rank": 64, "kv_lora_rank": 48,
     "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "initializer_range": 0.02, "num_hidden_layers": 2,
 }  # fmt: skip
-BATCH, HELD_OUT, LETTERS = 16, 64, 16
+BATCH, HELD_OUT = 16, 64
 LEARNING_RATES = {"digits": 3e-4, "markov": 3e-4}
 EMULATED = {"params_dtype": "bfloat16", "fp8": True, "emulate_fp8": True}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -46,30 +48,44 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "te_fp8": {"params_dtype": "bfloat16", "layer_spec": "te", "fp8": True},
 }
 # FP8 with a fault, by what it does to `models.fp8_linear`.
-FAULTS = ("per_tensor", "two_bits", "two_bits_of_weights", "unscaled", "stale_weights", "bf16_sums")
+FAULTS = ("per_tensor", "e5m2", "e5m2_of_weights", "unscaled", "stale_weights", "bf16_sums")
 RECIPES = (*OPTIONS, *FAULTS)
 
 
-def batches(task: str, seed: int, updates: int) -> list[list[tuple[list[int], int]]]:
-    """Of each update its sequences, as (tokens, how many of them at the end are learned); the last are held out.
+def lines(task: str, rng: random.Random) -> Iterator[str]:
+    """Endless lines to learn.
 
-    digits: six times the same four of four letters. markov: letters that each choose the next by a table of their own.
+    digits: six times the same four, which a model finds out all at once, and when is chance. markov: letters that each
+    choose the next by a table of their own, learned little by little, so that losses hardly scatter.
     """
-    rng = random.Random(f"{task} {seed}")
-    prompt = list(b"go on:")
-    tables = [[rng.expovariate(1.0) ** 2 for _ in range(LETTERS)] for _ in range(LETTERS)]
-
-    def sequence() -> tuple[list[int], int]:
+    letters = "abcdefghijklmnop"
+    tables = {letter: [rng.expovariate(1.0) ** 2 for _ in letters] for letter in letters} if task == "markov" else {}
+    while True:
         if task == "digits":
-            answer = rng.choices(list(b"0123"), k=4) * 6
-        else:
-            answer = [rng.randrange(LETTERS)]
-            while len(answer) < 32:
-                answer += rng.choices(range(LETTERS), tables[answer[-1]])
-            answer = [97 + letter for letter in answer]
-        return prompt + answer, len(answer)
+            yield "".join(rng.choices("0123", k=4)) * 6
+            continue
+        line = rng.choice(letters)
+        while len(line) < 32:
+            line += rng.choices(letters, tables[line[-1]])[0]
+        yield line
 
-    return [[sequence() for _ in range(BATCH)] for _ in range(updates)] + [[sequence() for _ in range(HELD_OUT)]]
+
+def batches(task: str, seed: int, updates: int) -> list[list[tuple[list[int], int]]]:
+    """Of each update its sequences, as (tokens, how many of them at the end are learned); the last are held out."""
+    drawn = lines(task, random.Random(f"{task} {seed}"))
+
+    def sequences(count: int) -> list[tuple[list[int], int]]:
+        return [(list(b"go on:" + line.encode()), len(line)) for line in islice(drawn, count)]
+
+    return [sequences(BATCH) for _ in range(updates)] + [sequences(HELD_OUT)]
+
+
+@contextmanager
+def one_process(device: str) -> Iterator[groups.Groups]:
+    """The world of this process alone."""
+    os.environ |= worker_env(DeviceType(device), 1) | fork.numbers(0, 1)
+    yield groups.initialize(Layout(), device, seed=0, timeout_minutes=5, threads=1)
+    groups.shutdown()
 
 
 @contextmanager
@@ -79,9 +95,7 @@ def fault(name: str) -> Iterator[None]:
 
     from r1mega.models import fp8_linear
 
-    own: dict[str, Any] = {
-        key: getattr(fp8_linear, key) for key in ("in_blocks", "block_scale", "multiply", "MANTISSA_BITS")
-    }
+    own: dict[str, Any] = {key: getattr(fp8_linear, key) for key in ("in_blocks", "block_scale", "multiply", "FORMAT")}
     in_blocks, kept = fp8_linear.in_blocks, {}
 
     def whole(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -92,9 +106,9 @@ def fault(name: str) -> Iterator[None]:
             return in_blocks(matrix, rows, columns)
         return kept.setdefault((matrix.data_ptr(), matrix.shape), in_blocks(matrix, rows, columns))
 
-    def fewer_for_weights(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    def other_for_weights(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         # Blocks of tokens are of the gradient of a weight alone.
-        fp8_linear.MANTISSA_BITS = 2 if columns == 1 else 3
+        fp8_linear.FORMAT = torch.float8_e5m2 if columns == 1 else torch.float8_e4m3fn
         return in_blocks(matrix, rows, columns)
 
     def in_bf16(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -105,8 +119,8 @@ def fault(name: str) -> Iterator[None]:
 
     changes: dict[str, dict[str, Any]] = {
         "per_tensor": {"in_blocks": whole},
-        "two_bits": {"MANTISSA_BITS": 2},
-        "two_bits_of_weights": {"in_blocks": fewer_for_weights},
+        "e5m2": {"FORMAT": torch.float8_e5m2},
+        "e5m2_of_weights": {"in_blocks": other_for_weights},
         "unscaled": {"block_scale": lambda largest, _dtype: torch.ones_like(largest)},
         "stale_weights": {"in_blocks": stale},
         "bf16_sums": {"multiply": in_bf16},
@@ -179,12 +193,7 @@ def measure(tasks: list[str], seeds: list[int], recipes: list[str], updates: int
     """A record of each run."""
     from parity.tiny_checkpoints import write_checkpoint
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    world = groups.initialize(Layout(), device, seed=0, timeout_minutes=5, threads=1)
-    with tempfile.TemporaryDirectory(prefix="fp8_training-") as work:
+    with one_process(device) as world, tempfile.TemporaryDirectory(prefix="fp8_training-") as work:
         for seed in seeds:
             checkpoint = Path(work) / str(seed)
             write_checkpoint(checkpoint, "deepseek_v3", seed=seed, **WIDE)
@@ -194,7 +203,6 @@ def measure(tasks: list[str], seeds: list[int], recipes: list[str], updates: int
                     with fault(recipe) if recipe in FAULTS else nullcontext():
                         found = train(checkpoint, world, recipe, data, LEARNING_RATES[task])
                     yield {"task": task, "seed": seed, "recipe": recipe} | found
-    groups.shutdown()
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ class PrecisionConfig:
     params: ParamDtype = MISSING
     """Type of parameters and activations. The optimizer's master weights are fp32 in either case."""
     fp8: bool = False
-    """Matrix products in FP8 (E4M3, blocks of 1 x 128 activations and 128 x 128 weights), as V3 trained; needs te."""
+    """Matrix products in FP8 (E4M3, blocks of 1 x 128 activations and 128 x 128 weights), as V3 trained: te's."""
     emulate_fp8: bool = False
     """Compute fp8's products in plain torch, on any device, with layer_spec=torch: slow, for checking the recipe."""
     moments: ParamDtype = ParamDtype.fp32

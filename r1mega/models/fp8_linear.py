@@ -26,10 +26,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 
 from r1mega.models.fp8_blocks import BLOCK, E4M3_MAX
 
-MANTISSA_BITS = 3
-LEAST_EXPONENT = -6  # of a normal number; below it E4M3 has multiples of 2^-9
-_ONE_AND_A_HALF = 0x400000  # the mantissa bits of 1.5 in fp32
-_EXPONENT = 0x7F800000
+FORMAT = torch.float8_e4m3fn
+_EXPONENT = 0x7F800000  # the bits of the exponent in fp32
 
 
 def block_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -46,11 +44,7 @@ def block_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def round_to_e4m3(values: torch.Tensor) -> torch.Tensor:
     """fp32 numbers rounded to the nearest that E4M3 holds, ties to even, beyond 448 to 448; NaN stays NaN."""
-    values = values.clamp(-E4M3_MAX, E4M3_MAX)
-    # What is added to a number x of exponent e has 2^(e - 3) for its last bit, so the sum is x rounded there.
-    exponent = (values.view(torch.int32) & _EXPONENT).clamp_(min=(127 + LEAST_EXPONENT) << 23)
-    shift = exponent.add_(((23 - MANTISSA_BITS) << 23) + _ONE_AND_A_HALF).view(torch.float32)
-    return values.add_(shift).sub_(shift)
+    return values.clamp(-E4M3_MAX, E4M3_MAX).to(FORMAT).float()
 
 
 def in_blocks(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

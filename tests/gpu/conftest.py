@@ -7,9 +7,12 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
+
+from benchmarks.fp8_training import lines
 
 REPO = Path(__file__).resolve().parents[2]
 # Widths that FP8 products divide, and enough of them that a loss means something.
@@ -32,35 +35,19 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def sft_losses(checkpoint, tmp_path_factory) -> Callable[..., list[float]]:
-    """`sft_losses(*overrides, updates=50, lines="digits")` -> losses of supervised updates of a wide deepseek_v3 on
-    lines of digits that repeat, or of letters (see `_responses`); each set of overrides is run once."""
+    """`sft_losses(*overrides, updates=50, task="digits")` -> losses of supervised updates of a wide deepseek_v3 on
+    lines of benchmarks/fp8_training.py; each set of overrides is run once."""
     made: dict[tuple, list[float]] = {}
 
-    def run(*overrides: str, updates: int = 50, lines: str = "digits") -> list[float]:
-        key = (*overrides, updates, lines)
+    def run(*overrides: str, updates: int = 50, task: str = "digits") -> list[float]:
+        key = (*overrides, updates, task)
         if key not in made:
             folder = tmp_path_factory.mktemp("sft")
-            made[key] = _sft(checkpoint("deepseek_v3", **WIDE), folder, updates, _responses(lines), overrides)
+            responses = list(islice(lines(task, random.Random(0)), 800 if task == "markov" else 400))
+            made[key] = _sft(checkpoint("deepseek_v3", **WIDE), folder, updates, responses, overrides)
         return made[key]
 
     return run
-
-
-def _responses(lines: str) -> list[str]:
-    """Lines to learn. digits: six times the same four, which a model finds out all at once, and when is chance.
-    letters: each chooses the next by a table of its own, learned little by little, so that losses hardly scatter."""
-    rng = random.Random(0)
-    if lines == "digits":
-        return ["".join(rng.choices("0123", k=4)) * 6 for _ in range(400)]
-    letters = "abcdefghijklmnop"
-    table = {letter: [rng.expovariate(1.0) ** 2 for _ in letters] for letter in letters}
-    found = []
-    for _ in range(800):
-        line = rng.choice(letters)
-        while len(line) < 32:
-            line += rng.choices(letters, table[line[-1]])[0]
-        found.append(line)
-    return found
 
 
 def _sft(checkpoint: Path, folder: Path, updates: int, responses: list[str], overrides: tuple[str, ...]) -> list[float]:

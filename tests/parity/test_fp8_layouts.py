@@ -22,21 +22,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from parity.tiny_checkpoints import FP8_SHAPES
 from r1mega.launch import local
 from r1mega.parallel.layout import Layout
 
 TYPICAL, WORST = 2e-3, 0.05  # 6e-4 and 0.012 were seen; FP8 itself changes gradients by 0.15 and more
 SCRIPT = Path(__file__).with_name("fp8_ranks.py")
-# Widths that stay multiples of 16 on two ranks; those of deepseek_v3's experts stay whole blocks.
-SHAPES = {
-    "qwen2": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "initializer_range": 0.05},
-    "deepseek_v3": {
-        "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "q_lora_rank": 128,
-        "kv_lora_rank": 112, "qk_rope_head_dim": 16, "qk_nope_head_dim": 48, "v_head_dim": 64, "n_routed_experts": 4,
-        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "num_hidden_layers": 2, "initializer_range": 0.05,
-        "mtp": True,
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +40,7 @@ def answer(nursery, checkpoint, tmp_path_factory) -> Callable[..., dict]:
         key = f"{family} {layout} {told}"
         if key not in made:
             folder = tmp_path_factory.mktemp("fp8")
-            argv = [sys.executable, SCRIPT, checkpoint(family, **SHAPES[family]), layout, folder / "out.pt", told]
+            argv = [sys.executable, SCRIPT, checkpoint(family, **FP8_SHAPES[family]), layout, folder / "out.pt", told]
             size = Layout.parse(layout).world_size
             result = nursery.run_world(
                 [str(part) for part in argv], size, log_dir=folder, env=local.worker_env("cpu", 1)
@@ -108,7 +99,7 @@ def test_gradients_are_those_of_one_rank_at_more_layouts(answer, family, layout)
     compare(answer, family, layout)
 
 
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("family", FP8_SHAPES)
 def test_fp8_is_not_what_fp32_gives(answer, family):
     """Else the comparisons would say nothing of it."""
     each = differences(answer(family, "1"), answer(family, "1", fp8=False, emulate_fp8=False))

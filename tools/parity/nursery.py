@@ -22,6 +22,7 @@ from typing import Any
 
 from r1mega.launch import local
 from r1mega.launch.supervise import SETTLE_SECONDS, WorldResult, tail
+from r1mega.parallel import fork
 
 
 class Nursery:
@@ -107,8 +108,7 @@ def _be_rank(argv: list[str], rank: int, world_size: int, log: Path, env: dict[s
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update(env | {name: str(value) for name, value in numbers.items()})
+    os.environ.update(env | fork.numbers(rank, world_size))
     sys.argv = argv[1:]
     sys.path[0] = str(Path(argv[1]).parent)
     runpy.run_path(argv[1], run_name="__main__")

@@ -28,6 +28,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": {**_DENSE, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "llama": {**_DENSE, "rope_parameters": LLAMA3},
 }  # fmt: skip
+# Changes of these that FP8 products divide, on two ranks too; those of the experts stay whole blocks of 128.
+FP8_SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "initializer_range": 0.05},
+    "deepseek_v3": {
+        "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "q_lora_rank": 128,
+        "kv_lora_rank": 112, "qk_rope_head_dim": 16, "qk_nope_head_dim": 48, "v_head_dim": 64, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "num_hidden_layers": 2, "initializer_range": 0.05,
+        "mtp": True,
+    },
+}  # fmt: skip
 
 
 def write_checkpoint(

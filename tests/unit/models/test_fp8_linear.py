@@ -126,17 +126,16 @@ def test_other_blocks_are_noticed(monkeypatch, mistake, which):
 
 def test_fewer_bits_are_noticed(monkeypatch):
     case = operands(256, 384, 256)
-    monkeypatch.setattr(fp8_linear, "MANTISSA_BITS", 2)
+    monkeypatch.setattr(fp8_linear, "FORMAT", torch.float8_e5m2)
     assert min(worst(found(*case, torch.float32), expected(*case))) > 0.01
 
 
 def test_every_bf16_number_is_rounded_as_e4m3_says():
-    """All of them, by its definition and by torch's own conversion; every E4M3 number stays itself."""
+    """All of them, by its definition; every E4M3 number stays itself."""
     numbers = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16).float()
     numbers = numbers[numbers.abs() <= 448]
     assert len(numbers) > 30_000
     rounded = round_to_e4m3(numbers)
-    assert torch.equal(rounded, numbers.to(torch.float8_e4m3fn).float())
     assert (rounded.double().numpy() == e4m3(numbers.double().numpy())).all()
     assert torch.equal(round_to_e4m3(torch.tensor(VALUES).float()), torch.tensor(VALUES).float())
     ties = torch.tensor((VALUES[1:] + VALUES[:-1]) / 2).float()
