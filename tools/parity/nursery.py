@@ -85,23 +85,31 @@ def _fork_world(argv: list[str], world_size: int, log_dir: str, env: dict[str, s
     ranks = [context.Process(target=_be_rank, args=(argv, rank, world_size, log, env)) for rank, log in enumerate(logs)]
     for process in ranks:
         process.start()
+    failed = _see_them_end(ranks)
+    if not failed:
+        return {"exit_code": 0}
+    told = [f"rank {rank} of {world_size} (exit code {ranks[rank].exitcode}):\n{tail(logs[rank])}" for rank in failed]
+    return {"exit_code": abs(ranks[failed[0]].exitcode or 1), "failed_rank": failed[0], "message": "\n".join(told)}
+
+
+def _see_them_end(ranks: Sequence[multiprocessing.Process]) -> list[int]:
+    """Wait until all have ended; the ranks that failed by themselves. What one failure leaves running is killed."""
     failed: list[int] = []
-    while living := [process for process in ranks if process.exitcode is None]:
+    # One look at all of them decides both whether one has failed and whom to wait for: one that ends between two looks
+    # would be in neither.
+    while None in (codes := [process.exitcode for process in ranks]):
+        if not failed and any(codes):
+            time.sleep(SETTLE_SECONDS)  # what the others say of it is told as well
+            failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
+            for process in ranks:
+                process.kill()
+        living = [process for process, code in zip(ranks, codes, strict=True) if code is None]
         ready = wait([*(process.sentinel for process in living), sys.stdin.fileno()])
         if sys.stdin.fileno() in ready:  # nothing is asked for while a world runs: whoever asks is gone
             for process in living:
                 process.kill()
             sys.exit("the tests have ended before this world")
-        if not failed and any(process.exitcode for process in ranks):
-            time.sleep(SETTLE_SECONDS)  # what the others say of it is told as well
-            failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
-            for process in ranks:
-                process.kill()
-    failed = failed or [rank for rank, process in enumerate(ranks) if process.exitcode]
-    if not failed:
-        return {"exit_code": 0}
-    told = [f"rank {rank} of {world_size} (exit code {ranks[rank].exitcode}):\n{tail(logs[rank])}" for rank in failed]
-    return {"exit_code": abs(ranks[failed[0]].exitcode or 1), "failed_rank": failed[0], "message": "\n".join(told)}
+    return failed or [rank for rank, code in enumerate(codes) if code]
 
 
 def _be_rank(argv: list[str], rank: int, world_size: int, log: Path, env: dict[str, str]) -> None:

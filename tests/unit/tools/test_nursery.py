@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
+
+from parity import nursery as nursery_module
 
 PROGRAM = """
 import os, sys, time
@@ -58,3 +61,43 @@ def test_a_world_ends_with_who_asked_for_it(tmp_path: Path) -> None:
     asking.wait(timeout=10)
     _, living = psutil.wait_procs(ranks, timeout=20)
     assert living == []
+
+
+class Ending:
+    """A process that has ended with `code` from the given look at it on, or once it is killed."""
+
+    def __init__(self, code: int, look: float) -> None:
+        self.code, self.look, self.looks = code, look, 0
+        self.sentinel, self._end = os.pipe()
+        if look != float("inf"):
+            self.kill()
+
+    @property
+    def exitcode(self) -> int | None:
+        self.looks += 1
+        return self.code if self.looks >= self.look else None
+
+    def kill(self) -> None:
+        """As an end does: the sentinel is ready before, or after, a look says so."""
+        if self.look == float("inf"):
+            self.code, self.look = -signal.SIGKILL, 0
+        if self._end is not None:
+            os.close(self._end)
+            self._end = None
+
+
+@pytest.mark.parametrize("look", [1, 2, 3, 4, 5])
+def test_a_failure_is_seen_whenever_it_comes(look: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, (asks, silent), real_wait = [Ending(0, float("inf")), Ending(7, look)], os.pipe(), nursery_module.wait
+
+    def wait_and_see(objects: list[int]) -> list[int]:
+        ready = real_wait(objects, timeout=0)
+        assert ready, "it waits for the rank that does not end by itself"
+        return ready
+
+    with os.fdopen(asks) as asking, os.fdopen(silent, "w"):
+        monkeypatch.setattr(nursery_module.sys, "stdin", asking)
+        monkeypatch.setattr(nursery_module, "wait", wait_and_see)
+        assert nursery_module._see_them_end(ranks) == [1]
+    for rank in ranks:
+        os.close(rank.sentinel)
