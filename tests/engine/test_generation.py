@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -140,6 +142,21 @@ def chosen_by_transformers(directory: Path, tokens: list[int]) -> torch.Tensor:
     with torch.no_grad():
         model(torch.tensor([tokens[:-1]]))
     return torch.stack(chosen, 1)
+
+
+def test_with_nothing_to_do_it_leaves_the_cores_alone(case: Case) -> None:
+    """Its processes are forks, and sleep (without --sleep-on-idle each rank keeps a core busy)."""
+    if case.layout.attn_dp > 1:
+        pytest.skip("ranks that wait for each other in every step do not sleep")
+    first = psutil.Process(case.server.process.pid)
+    processes = [first, *first.children(recursive=True)]
+    assert len(processes) > case.layout.tp and not any("spawn_main" in word for p in processes for word in p.cmdline())
+    time.sleep(1)
+    before, started = [process.cpu_times() for process in processes], time.monotonic()
+    time.sleep(4)
+    after, seconds = [process.cpu_times() for process in processes], time.monotonic() - started
+    spent = sum(b.user + b.system - a.user - a.system for a, b in zip(before, after, strict=True))
+    assert spent < 0.25 * seconds  # measured 0.02 to 0.04; 1.6 of two cores without the flag
 
 
 def test_the_experts_told_are_those_of_transformers(case: Case, record_property: Callable[[str, object], None]) -> None:

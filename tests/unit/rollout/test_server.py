@@ -28,11 +28,12 @@ def test_a_server_on_cpu() -> None:
         "--ep-size": "1", "--dp-size": "1", "--max-total-tokens": "16384", "--weight-version": "7",
         "--attention-backend": "torch_native",
     }  # fmt: skip
-    assert all(isinstance(argument, str) for argument in command)
+    assert "--sleep-on-idle" in command and all(isinstance(argument, str) for argument in command)
 
 
 def test_a_gpu_keeps_its_own_attention_and_threads() -> None:
     flags = values(server.server_command(**{**_REQUIRED, "device": "cuda"}))
+    assert "--sleep-on-idle" not in server.server_command(**{**_REQUIRED, "device": "cuda"})
     assert "--attention-backend" not in flags and "--max-total-tokens" not in flags and "--weight-version" not in flags
     assert server.server_env(device="cuda", num_ranks=8) == {
         "PYTHONPATH": "", "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"
@@ -44,7 +45,7 @@ def test_parallel_sizes() -> None:
     assert {flag: values(command)[flag] for flag in ("--tp-size", "--ep-size", "--dp-size")} == {
         "--tp-size": "4", "--ep-size": "2", "--dp-size": "2"
     }  # fmt: skip
-    assert "--enable-dp-attention" in command
+    assert "--enable-dp-attention" in command and "--sleep-on-idle" not in command
     copies = server.server_command(**_REQUIRED, dp=2)
     assert values(copies)["--dp-size"] == "2" and "--enable-dp-attention" not in copies
 

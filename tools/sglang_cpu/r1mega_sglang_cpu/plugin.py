@@ -7,10 +7,16 @@ wheel of 0.5.21, below `sglang/srt`.
 from __future__ import annotations
 
 import functools
+import logging
+import multiprocessing
+import os
+import signal
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 from unittest import mock
+
+logger = logging.getLogger(__name__)
 
 SGLANG = "0.5.21"
 
@@ -29,6 +35,8 @@ def register() -> None:
     padded_sequence_length()
     host_memory_not_pinned()
     checksum_without_cuda()
+    if multiprocessing.parent_process() is None:  # the server's first process, which starts the others
+        forked_processes()
 
 
 def absorbed_mla() -> None:
@@ -131,6 +139,31 @@ def checksum_without_cuda() -> None:
             return compute(*arguments, **options)
 
     checker._compute_checksum = without_cuda
+
+
+def forked_processes() -> None:
+    """Schedulers and detokenizer as forks of the server's first process, which has imported all that they need.
+
+    entrypoints/engine.py line 1890 has each start anew, since CUDA cannot be forked: 12 CPU seconds of imports and 130 MiB
+    each. It starts them before it has threads. The controller of data parallelism has threads when it starts its own.
+    """
+    engine = _module("entrypoints.engine")
+    set_envs_and_config = _get_attribute(engine, "_set_envs_and_config")
+
+    @functools.wraps(set_envs_and_config)
+    def then_fork(server_args: Any) -> Any:
+        result = set_envs_and_config(server_args)
+        if server_args.dp_size > 1:
+            return result
+        if (threads := len(os.listdir("/proc/self/task"))) > 1:
+            logger.warning("r1mega-sglang-cpu: %d threads, so each process imports SGLang anew", threads)
+            return result
+        multiprocessing.set_start_method("fork", force=True)
+        # Ends the server; a process of its own would otherwise have it too.
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGQUIT, signal.SIG_DFL))
+        return result
+
+    engine._set_envs_and_config = then_fork
 
 
 def _module(name: str) -> Any:
