@@ -150,8 +150,8 @@ def server_command(
         flags["--attention-backend"] = "torch_native"
     command = [str(python), "-m", "sglang.launch_server", *_words(flags)]
     if device == "cpu" and attn_dp == 1:
-        # A scheduler with nothing to do asks for work without end otherwise, on cores that the trainer needs. The parts of
-        # a split attention wait for each other in every step, and each would sleep for up to a second.
+        # A scheduler with nothing to do asks for work without end otherwise, on cores that the trainer needs. The parts
+        # of a split attention wait for each other in every step, and each would sleep for up to a second.
         command.append("--sleep-on-idle")
     if attn_dp > 1:
         # 0.5.21 has one number for both kinds of data parallelism, and this switch between them.
