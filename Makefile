@@ -108,14 +108,15 @@ sandbox:
 	fi
 
 # Three tests at a time, since many wait for other processes, each file's one after another (tests/conftest.py), what takes
-# longest first; then those with real servers and a real Slurm, whose processes have both cores to themselves.
+# longest first. Then those with a real Slurm, which mostly wait, beside those with real servers, whose processes need both
+# cores: trainer and servers wait for each other in every step.
 TEST_FOLDERS := $(addprefix tests/,e2e dist parity gpu unit config)
 
 test: lint sglang-cpu slurm-test-env sandbox
 	@failed=0
 	export OMP_NUM_THREADS=1 R1MEGA_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python"
 	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TEST_FOLDERS) || failed=1
-	$(PY) -m pytest tests/slurm tests/engine || failed=1
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slurm tests/engine || failed=1
 	exit $$failed
 
 lint: $(STAMP)
