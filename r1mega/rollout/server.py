@@ -145,18 +145,21 @@ def server_command(
     if weight_version is not None:
         flags["--weight-version"] = weight_version
     flags |= part.flags(device)
-    if device == "cpu":
-        # The only backend that needs neither a GPU nor AMX instructions.
-        flags["--attention-backend"] = "torch_native"
     command = [str(python), "-m", "sglang.launch_server", *_words(flags)]
-    if device == "cpu" and attn_dp == 1:
-        # A scheduler with nothing to do asks for work without end otherwise, on cores that the trainer needs. The parts
-        # of a split attention wait for each other in every step, and each would sleep for up to a second.
-        command.append("--sleep-on-idle")
+    if device == "cpu":
+        command += _without_gpu(sleeps=attn_dp == 1)
     if attn_dp > 1:
         # 0.5.21 has one number for both kinds of data parallelism, and this switch between them.
         command.append("--enable-dp-attention")
     return [*command, *(options or ServerOptions()).arguments(), *extra_args]
+
+
+def _without_gpu(*, sleeps: bool) -> list[str]:
+    # The only backend that needs neither a GPU nor AMX instructions.
+    flags = ["--attention-backend", "torch_native"]
+    # A scheduler with nothing to do asks for work without end otherwise, on cores that the trainer needs. The parts of
+    # a split attention wait for each other in every step, and each would sleep for up to a second.
+    return [*flags, "--sleep-on-idle"] if sleeps else flags
 
 
 def _words(flags: dict[str, object]) -> list[str]:
