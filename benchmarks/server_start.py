@@ -12,19 +12,19 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import astuple, dataclass
-from operator import truediv
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
 import psutil
 
+from benchmarks.in_turn import compare
 from benchmarks.models import make_model
 from r1mega.launch.ports import free_port
 from r1mega.rollout.engine_config import write_engine_config
@@ -68,13 +68,12 @@ def main() -> None:
         write_engine_config(source, model)
         (model / "model.safetensors").symlink_to(source / "model.safetensors")
         for tp in args.tp:
-            found: dict[str, list[Cost]] = {"as it comes": [], "r1mega's": []}
-            for _ in range(args.rounds):
-                for way, costs in found.items():
-                    costs.append(measure(args.python, model, tp, way == "as it comes", Path(place) / "log"))
-            for way, costs in found.items():
-                print(f"{tp:2}  {way:11}  {_line(_medians(costs))}", flush=True)
-            print(f"{tp:2}  {'ratio':11}  {_line(_ratios(*found.values()))}", flush=True)
+            ways = {
+                "as it comes": partial(measure, args.python, model, tp, True, Path(place) / "log"),
+                "r1mega's": partial(measure, args.python, model, tp, False, Path(place) / "log"),
+            }
+            for way, (seconds, cpu, gigabytes, idle) in compare(ways, args.rounds).items():
+                print(f"{tp:2}  {way:11}  {seconds:7.1f}  {cpu:6.1f}  {gigabytes:5.2f}  {idle:10.2f}", flush=True)
 
 
 def measure(python: Path, model: Path, tp: int, as_it_comes: bool, log: Path) -> Cost:
@@ -129,21 +128,6 @@ def _family(pid: int) -> list[psutil.Process]:
 
 def _cpu_seconds(pid: int) -> float:
     return sum(times.user + times.system for times in (one.cpu_times() for one in _family(pid)))
-
-
-def _medians(costs: list[Cost]) -> tuple[float, ...]:
-    return tuple(map(statistics.median, zip(*map(astuple, costs), strict=True)))
-
-
-def _ratios(costs: list[Cost], others: list[Cost]) -> tuple[float, ...]:
-    """The median of each round's, so that a slow hour weighs on both."""
-    rounds = [map(truediv, astuple(other), astuple(cost)) for cost, other in zip(costs, others, strict=True)]
-    return tuple(map(statistics.median, zip(*rounds, strict=True)))
-
-
-def _line(values: tuple[float, ...]) -> str:
-    seconds, cpu, gigabytes, idle = values
-    return f"{seconds:7.1f}  {cpu:6.1f}  {gigabytes:5.2f}  {idle:10.2f}"
 
 
 if __name__ == "__main__":

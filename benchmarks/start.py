@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from benchmarks.in_turn import compare
 from r1mega.launch import local, supervise
 
 RANK = """
@@ -55,19 +56,9 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{'ranks':>5}  {'':7}  {'seconds':>8}  {'CPU s':>6}  {'GB':>5}   medians of {args.rounds} rounds")
     for ranks in args.ranks:
-        found: dict[bool, list[Start]] = {False: [], True: []}
-        for _ in range(args.rounds):
-            for divides in found:
-                found[divides].append(start(ranks, divides))
-        for divides, starts in found.items():
-            print(f"{ranks:5}  {'divided' if divides else 'each':7}  {_medians(starts)}", flush=True)
-        ratios = [
-            statistics.median(
-                getattr(each, name) / getattr(one, name) for each, one in zip(*found.values(), strict=True)
-            )
-            for name in ("seconds", "cpu_seconds", "gigabytes")
-        ]
-        print(f"{ranks:5}  {'ratio':7}  {ratios[0]:8.2f}  {ratios[1]:6.2f}  {ratios[2]:5.2f}", flush=True)
+        ways = {"each": partial(start, ranks, False), "divided": partial(start, ranks, True)}
+        for way, (seconds, cpu, gigabytes) in compare(ways, args.rounds).items():
+            print(f"{ranks:5}  {way:7}  {seconds:8.1f}  {cpu:6.1f}  {gigabytes:5.2f}", flush=True)
 
 
 def start(ranks: int, divides: bool) -> Start:
@@ -83,13 +74,6 @@ def start(ranks: int, divides: bool) -> Start:
         cpu = sum(getattr(after, name) - getattr(before, name) for name in ("children_user", "children_system"))
         kib = sum(int(file.read_text()) for file in Path(place).glob("kib*"))
     return Start(seconds, cpu, kib * 1024 / 1e9)
-
-
-def _medians(starts: list[Start]) -> str:
-    seconds, cpu, gigabytes = (
-        statistics.median(getattr(one, name) for one in starts) for name in ("seconds", "cpu_seconds", "gigabytes")
-    )
-    return f"{seconds:8.1f}  {cpu:6.1f}  {gigabytes:5.2f}"
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ def checksum_without_cuda() -> None:
 def forked_processes() -> None:
     """Schedulers and detokenizer as forks of the server's first process, which has imported all that they need.
 
-    entrypoints/engine.py line 1890 has each start anew, since CUDA cannot be forked: 12 CPU seconds of imports and 130
-    MiB each. It starts them before it has threads. The controller of data parallelism has some when it starts its own.
+    entrypoints/engine.py line 1890 has each start anew, since CUDA cannot be forked, and import SGLang again. It starts
+    them before it has threads. The controller of data parallelism has some when it starts its own.
     """
     engine = _module("entrypoints.engine")
     set_envs_and_config = _get_attribute(engine, "_set_envs_and_config")
