@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.measured_command import high_water_bytes
 from benchmarks.workload import Peer, StepReport
 
 # Where each system's peer stands; imported only when asked for, as TRL need not be installed.
@@ -41,9 +42,10 @@ def _serve(connection: Connection, system: str, arguments: dict[str, Any]) -> No
 
 def peak_memory() -> int:
     """The largest resident size this process has had, in bytes."""
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss, which is on Linux that of whoever started this program where that was larger.
+    return high_water_bytes()
 
 
 class IsolatedPeer:

@@ -47,6 +47,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")  # of Apex and Transformer Engine, which are not there
 
+from benchmarks.measured_command import high_water_bytes
 from r1mega.parallel import device, groups
 from r1mega.parallel.layout import Layout
 
@@ -176,12 +177,6 @@ def count_equal(names: set[str], source: Path, copy: Path) -> int:
 def resident_bytes() -> int:
     """The resident size of this process now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def high_water_bytes() -> int:
-    """The largest resident size since this program was executed."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 def main() -> None:

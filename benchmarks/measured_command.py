@@ -54,6 +54,12 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> Measured:
     return Measured(seconds, cpu_seconds, watch.peak_rss, watch.peak_uss, stdout)
 
 
+def high_water_bytes() -> int:
+    """The largest resident size since this program was executed."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+
+
 def _cpu_seconds_of_children() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import random
-import resource
+import re
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -40,7 +41,9 @@ def main() -> None:
     chosen = [int(option.partition("=")[2]) for option in sys.argv[2:] if option.startswith("--stage=")]
     stages = chosen or range(layout.pp)
     parts = held.from_megatron(fields, layout, freezes_mtp=True, stages=stages)
-    seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which is that of whoever started this program where that was larger.
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    seconds = time.perf_counter() - begin
     draw, wrong = random.Random(0), []
     for part in parts:
         rank = part.stage * layout.per_stage + draw.randrange(layout.per_stage)
