@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-SOON = 600.0  # of a run whose processes share two cores with others
+SOON = 400.0  # of a run whose processes share two cores with others
 UPDATES = 40
 LONG = (f"algo.updates={UPDATES}", "checkpoint.every=10")
 
