@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
         help=f"make each of these known mistakes in each cell, to see it turn red: {', '.join(BREAKS)}",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--share-gpu", action="store_true", help="all processes on the GPUs there are, over the host")
     parser.add_argument("--layer-spec", choices=("torch", "te"), default="torch")
     parser.add_argument(
         "--timeout", type=float, default=5, help="minutes after which a collective gives up (default 5)"
@@ -61,7 +62,9 @@ def main() -> int:
     if args.work:
         return run_rank(args)
     try:
-        planned = cells.plan(args.families, args.layouts, args.levers, args.broken, core=args.core)
+        planned = cells.plan(
+            args.families, args.layouts, args.levers, args.broken, core=args.core, layer_spec=args.layer_spec
+        )
         with tempfile.TemporaryDirectory(prefix="parity_matrix-") as work:
             found = run_worlds(args, planned, Path(work))
     except ValueError as error:
@@ -71,7 +74,7 @@ def main() -> int:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     compared = [cell for cell in found if "refused" not in cell]
     red = [cell for cell in compared if not cells.is_green(cell)]
-    print(f"{len(compared)} cells compared, {len(red)} red; {len(found) - len(compared)} refused by the config checks")
+    print(f"{len(compared)} cells compared, {len(red)} red; {len(found) - len(compared)} refused")
     return 1 if red or not compared else 0
 
 
@@ -83,10 +86,11 @@ def run_worlds(args: argparse.Namespace, planned: list[dict], work: Path) -> lis
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     print("making checkpoints and references", flush=True)
     shapes = cells.prepare(work, args.families)
-    refused = [cell | {"refused": reasons} for cell in planned if (reasons := cells.refusals(cell, shapes))]
+    reasons = [cells.refusals(cell, shapes, args.layer_spec) for cell in planned]
+    refused = [cell | {"refused": why} for cell, why in zip(planned, reasons, strict=True) if why]
     for cell in refused:
         print(f"{cells.title(cell)} refused: {cell['refused'][0]}", flush=True)
-    runnable = [cell for cell in planned if not cells.refusals(cell, shapes)]
+    runnable = [cell for cell, why in zip(planned, reasons, strict=True) if not why]
     print(cells.HEADER, flush=True)
     for world_size in sorted({Layout.parse(cell["layout"]).world_size for cell in runnable}):
         mine = [cell for cell in runnable if Layout.parse(cell["layout"]).world_size == world_size]
@@ -121,7 +125,7 @@ def run_cell(args: argparse.Namespace, cell: dict) -> None:
     from r1mega.parallel.layout import Layout
 
     layout = Layout.parse(cell["layout"])
-    world = groups.initialize(layout, args.device, seed=0, timeout_minutes=args.timeout)
+    world = groups.initialize(layout, args.device, seed=0, timeout_minutes=args.timeout, share_gpu=args.share_gpu)
     import torch
 
     from parity import breaks, ranks

@@ -7,6 +7,7 @@ from r1mega.parallel.layout import Layout
 
 WIDTH = 16  # both widths of a product in FP8 divide by it (cuBLAS)
 TOKENS = 128  # tokens of a micro-batch on a rank divide by it: whole blocks of 1 x 128 also where they are transposed
+GATHERED = 128  # widths of what tensor ranks gather of each other's tokens, which goes in whole blocks
 
 
 def problems(fields: HfFields, layout: Layout) -> list[str]:
@@ -21,12 +22,20 @@ def problems(fields: HfFields, layout: Layout) -> list[str]:
         widths["kv_lora_rank + qk_rope_head_dim"] = fields["kv_lora_rank"] + fields["qk_rope_head_dim"]
         if fields["q_lora_rank"] is not None:
             widths["q_lora_rank"] = fields["q_lora_rank"]
-    return [
+    found = [
         f"precision.fp8: got {name} = {width}; must be a multiple of {WIDTH}, which FP8 matrix products divide; "
         "choose another layout or precision=bf16"
         for name, width in widths.items()
         if width % WIDTH
     ]
+    gathered = ("hidden_size", "q_lora_rank", "kv_lora_rank") if fields.is_moe else ("hidden_size",)
+    found += [
+        f"precision.fp8: got {name} = {fields[name]} and tp = {layout.tp}; must be a multiple of {GATHERED}, as tensor "
+        "ranks gather each other's tokens in whole blocks; set parallel.tp=1 or precision=bf16"
+        for name in gathered
+        if layout.tp > 1 and fields[name] is not None and fields[name] % GATHERED
+    ]
+    return found
 
 
 def _head_widths(fields: HfFields) -> int:

@@ -156,12 +156,12 @@ def mtp_spec(
         decoder = gpt_layer_specs.get_gpt_decoder_layer_specs(
             config, use_transformer_engine=True, normalization="RMSNorm", qk_l2_norm=False, vp_stage=vp_stage
         )
-        _route_by_sequence(decoder[-1])
         block = gpt_layer_specs.get_gpt_mtp_block_spec(
             config, decoder[-1], use_transformer_engine=True, vp_stage=vp_stage
         )
         for layer in block.layer_specs:
             layer.module = PackedMTPLayer
+            _route_by_sequence(layer.submodules.transformer_layer)  # Megatron takes no other layer than its own
         return ModuleSpec(module=MultiTokenPredictionBlock, submodules=block)
     linears = _Linears.of(emulate_fp8=emulate_fp8)
     layer = ModuleSpec(

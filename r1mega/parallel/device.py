@@ -30,13 +30,14 @@ _TYPE_NAMES = {
 _prepared: str | None = None
 
 
-def prepare(device_type: str, local_rank: int = 0, threads: int = 1) -> torch.device:
+def prepare(device_type: str, local_rank: int = 0, threads: int = 1, *, share_gpu: bool = False) -> torch.device:
     """Select the device of this process; bridge Megatron-Core to the CPU where asked.
 
     Args:
         device_type: "cpu" or "cuda".
         local_rank: index of this process on its node, the CUDA device it takes.
         threads: intra-op CPU threads of this process.
+        share_gpu: deal the GPUs of a node out in turn to processes, of which there may be more.
 
     Raises:
         ValueError: CUDA is asked for and not there, or asked to change the device of a process that has one.
@@ -52,9 +53,10 @@ def prepare(device_type: str, local_rank: int = 0, threads: int = 1) -> torch.de
                 "device.type: got cuda; torch.cuda.is_available() is False on this machine "
                 f"(torch {torch.__version__}); install a CUDA build of torch and a driver, or set device=cpu"
             )
-        torch.cuda.set_device(local_rank)
+        index = local_rank % torch.cuda.device_count() if share_gpu else local_rank
+        torch.cuda.set_device(index)
         _prepared = device_type
-        return torch.device("cuda", local_rank)
+        return torch.device("cuda", index)
     if device_type != "cpu":
         raise ValueError(f"device.type: got {device_type}; must be cpu or cuda")
     if _prepared is None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega.parallel import device as devices
+from r1mega.parallel import shared_gpu
 from r1mega.parallel.layout import Coordinate, Layout
 
 
@@ -54,11 +55,20 @@ class Groups:
         return self.is_last_stage and self.coordinate.tp == 0 and self.coordinate.cp == 0
 
 
-def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: float, threads: int = 1) -> Groups:
+def initialize(
+    layout: Layout,
+    device_type: str,
+    *,
+    seed: int,
+    timeout_minutes: float,
+    threads: int = 1,
+    share_gpu: bool = False,
+) -> Groups:
     """Join the world given by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and cut it into groups.
 
     Every collective carries `timeout_minutes`, so that a rank that is gone ends the run instead of hanging it. After
-    `release` the same processes may call it again, to be cut in another way.
+    `release` the same processes may call it again, to be cut in another way. With `share_gpu` the ranks of a node share
+    its GPUs and exchange through the host (`parallel.shared_gpu`).
 
     Raises:
         ValueError: the world's size is not the layout's, or the device is not there.
@@ -67,13 +77,12 @@ def initialize(layout: Layout, device_type: str, *, seed: int, timeout_minutes: 
     if world_size != layout.world_size:
         raise ValueError(f"WORLD_SIZE: got {world_size}; layout {layout} needs {layout.world_size} processes")
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    device = devices.prepare(device_type, local_rank, threads)
+    device = devices.prepare(device_type, local_rank, threads, share_gpu=share_gpu)
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         store = _meet(rank, world_size, timeout)
-        dist.init_process_group(
-            devices.backend(device_type), store=store, rank=rank, world_size=world_size, timeout=timeout
-        )
+        backend = shared_gpu.register() if share_gpu else devices.backend(device_type)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout) if device_type == "cuda" else dist.group.WORLD
     _cut(layout, seed=seed, timeout_minutes=timeout_minutes)
     return _groups(layout, rank, device, control)

@@ -16,7 +16,8 @@ from r1mega.parallel.layout import Layout
 hf, layout, out, told = sys.argv[1:]
 options = json.loads(told)
 chunk_tokens = options.pop("chunk_tokens", 384)
-world = groups.initialize(Layout.parse(layout), "cpu", seed=0, timeout_minutes=3)
+device = options.pop("device", "cpu")  # on "cuda" all ranks are on one GPU
+world = groups.initialize(Layout.parse(layout), device, seed=0, timeout_minutes=3, share_gpu=device == "cuda")
 
 import torch
 
@@ -29,5 +30,6 @@ found["in_fp8"] = sorted(
 )
 found["has_gradient"] = sorted(name for name, value in found["gradients"].items() if bool(value.any()))
 if world.rank == 0:
+    found["gradients"] = {name: gradient.cpu().float() for name, gradient in found["gradients"].items()}
     torch.save(found, out)
 groups.shutdown()

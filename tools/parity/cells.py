@@ -69,15 +69,36 @@ LEVERS: tuple[Lever, ...] = (
     ("llama", "pp=2", {"recompute": "full", "recompute_num_layers": 2}),
     ("deepseek_v3", "tp=2,dp=2", {"overlap_grad_reduce": True}),
 )
+# Of Transformer Engine's layers: its attention over context-parallel ranks has kernels for 16 bits alone.
+TE_LEVERS: tuple[Lever, ...] = (
+    ("llama", "cp=2", {"params_dtype": "bfloat16"}),
+    ("qwen2", "tp=2,cp=2", {"params_dtype": "bfloat16"}),
+    ("llama", "cp=2,pp=2", {"params_dtype": "bfloat16"}),
+    (
+        "deepseek_v3",
+        "tp=2,ep=2",
+        {"recompute": "selective", "recompute_modules": ("mla_up_proj", "layernorm", "moe_act")},
+    ),
+    ("deepseek_v3_mtp", "tp=2,pp=2,ep=2", {"recompute": "full", "recompute_num_layers": 1}),
+    ("qwen2", "pp=2,dp=2", {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+)
+LEVERS_OF = {"core": CORE_LEVERS, "torch": LEVERS, "te": TE_LEVERS}
 HEADER = f"{'family':<16} {'layout':<26} {'log-prob':>9} {'gradient':>9} {'weights':>9} {'bias':>7}  worst gradient"
 
 
 def plan(
-    families: Sequence[str], layouts: list[str] | None, levers: str, broken: Sequence[str] = (), *, core: bool = False
+    families: Sequence[str],
+    layouts: list[str] | None,
+    levers: str,
+    broken: Sequence[str] = (),
+    *,
+    core: bool = False,
+    layer_spec: str = "torch",
 ) -> list[dict]:
     """The cells asked for, once for each mistake of `broken` where there are any; `levers` is with, without or only.
 
-    With `core` only those of every commit. Raises ValueError for a layout that cannot be read.
+    With `core` only those of every commit; the levers are those of the layers. Raises ValueError for a layout that
+    cannot be read.
     """
     from r1mega.parallel.layout import Layout
 
@@ -88,7 +109,7 @@ def plan(
     if levers == "only" or (levers == "with" and layouts is None):
         found += [
             {"family": family, "layout": str(Layout.parse(layout)), "options": options}
-            for family, layout, options in (CORE_LEVERS if core else LEVERS)
+            for family, layout, options in LEVERS_OF["core" if core and layer_spec == "torch" else layer_spec]
             if family in families
         ]
     return [cell | {"broken": name} for name in broken or (None,) for cell in found]
@@ -138,11 +159,15 @@ def reference_name(cell: dict) -> str:
     return f"{cell['family']}.pt"
 
 
-def refusals(cell: dict, shapes: dict[str, Any]) -> list[str]:
-    """Why the config checks refuse the cell's layout; empty where they do not."""
+def refusals(cell: dict, shapes: dict[str, Any], layer_spec: str = "torch") -> list[str]:
+    """Why the config checks, or the layers, refuse the cell's layout; empty where they do not."""
     from r1mega.parallel.layout import Layout
 
-    return Layout.parse(cell["layout"]).problems(shapes[cell["family"]])
+    layout = Layout.parse(cell["layout"])
+    problems = layout.problems(shapes[cell["family"]])
+    if layer_spec == "te" and layout.cp > 1 and cell["options"].get("params_dtype") != "bfloat16":
+        problems.append("Transformer Engine's attention over context-parallel ranks has no kernels for fp32")
+    return problems
 
 
 def is_green(cell: dict) -> bool:

@@ -1,0 +1,74 @@
+"""Every layout on one GPU, its ranks beside each other on it, against transformers on one process on the CPU.
+
+NCCL takes no two ranks of a GPU, so what they exchange goes through the host (`parallel.shared_gpu`); all else is what
+runs on as many GPUs: Megatron-Core's own CUDA paths, Transformer Engine's layers, its attention over cp ranks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity import cells
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "parity_matrix.py"
+needs_te = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
+
+
+def matrix(out: Path, *options: str) -> tuple[int, list[dict]]:
+    """Exit code and cells of the program on this GPU, products of fp32 without TF32."""
+    argv = [sys.executable, str(TOOL), "--device", "cuda", "--share-gpu", "--json", str(out), *options]
+    env = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"}
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=290, env=env)
+    print(result.stdout)
+    assert out.exists(), result.stderr
+    return result.returncode, json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def te_cells(tmp_path_factory) -> list[dict]:
+    """The cells of every commit, but on Transformer Engine's layers and with their levers."""
+    return matrix(tmp_path_factory.mktemp("te") / "cells.json", "--core", "--layer-spec", "te")[1]
+
+
+def assert_green(found: list[dict], least: int) -> None:
+    compared = [cell for cell in found if "refused" not in cell]
+    assert len(compared) >= least
+    assert [cells.line(cell) for cell in compared if not cells.is_green(cell)] == []
+
+
+@needs_te
+@pytest.mark.parametrize(("family", "least"), [("deepseek_v3_mtp", 6), ("deepseek_v3", 2), ("qwen2", 2), ("llama", 4)])
+def test_layouts_of_transformer_engine(te_cells, family, least):
+    """fp32: over cp ranks its attention has no kernels for it."""
+    assert_green([cell for cell in te_cells if cell["family"] == family and not cell["options"]], least)
+
+
+@needs_te
+def test_levers_of_transformer_engine(te_cells):
+    """Attention over cp ranks among them, in bf16."""
+    found = [cell for cell in te_cells if cell["options"]]
+    assert sum("cp=2" in cell["layout"] for cell in found) == 3
+    assert_green(found, len(cells.TE_LEVERS))
+
+
+@needs_te
+def test_a_missing_reduction_is_noticed(tmp_path):
+    options = ("--layer-spec", "te", "--families", "qwen2", "--layouts", "tp=2", "--break", "layernorm_reduction")
+    exit_code, found = matrix(tmp_path / "cells.json", *options)
+    assert exit_code == 1
+    assert found[0]["max_rel_grad_diff"] > 10 * cells.MAX_GRADIENT_DIFF
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3_mtp", "qwen2"])
+def test_layouts_of_torch_layers(tmp_path, family):
+    found = matrix(tmp_path / "cells.json", "--core", "--levers", "without", "--families", family)[1]
+    assert_green(found, 4)
