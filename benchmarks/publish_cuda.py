@@ -1,6 +1,7 @@
 """A publish by handles of memory on one GPU beside a plain copy of the same bytes on that GPU.
 
     python -m benchmarks.publish_cuda --gigabytes 4 --rounds 5 --json publish_cuda.json
+    python -m benchmarks.publish_cuda --gigabytes 4 --rounds 5 --server SGLANG_PYTHON
 
 One trainer process holds a deepseek_v3 model of random numbers in BF16 and publishes it by `ipc` to one engine rank, a
 process of its own on the same GPU. That process opens the handles as an engine does, and copies every tensor into
@@ -105,24 +106,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of the model in BF16 (default 4)")
     parser.add_argument("--rounds", type=int, default=5, help="(default 5)")
+    parser.add_argument("--server", type=Path, help="Python of SGLang's environment: publish to a real server")
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"publish_cuda: no CUDA device: torch {torch.__version__} sees none", file=sys.stderr)
         return 2
     os.environ |= worker_env("cuda", 1) | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    found = measure(options.gigabytes, options.rounds)
+    found = measure(options.gigabytes, options.rounds, options.server)
     rates = {name: found["bytes"] / median(seconds) / 1e9 for name, seconds in found["seconds"].items()}
     print(f"{torch.cuda.get_device_name()}; model {found['bytes'] / 1e9:.2f} GB, the same after: {found['same']}")
     for name, rate in rates.items():
         print(f"{name:10} {median(found['seconds'][name]):8.4f} s {rate:8.1f} GB/s {rate / rates['copy']:6.3f} of copy")
+    if options.server:
+        print("GB of the device in use: " + ", ".join(f"{k} {v:.2f}" for k, v in found["device_used"].items()))
     if options.json:
         options.json.write_text(json.dumps(found | {"gb_per_s": rates}, indent=2) + "\n")
     return 0 if found["same"] and found["notices"] else 1
 
 
-def measure(gigabytes: float, rounds: int) -> dict:
+def measure(gigabytes: float, rounds: int, python: Path | None = None) -> dict:
     """Seconds of each way and round, and whether the engine had what the trainer has."""
+    from benchmarks import publish_server
+
     layout = Layout.of(tp=1, cp=1, pp=1, vpp=1, ep=1, etp=1, dp=1, stages=None)
     world = groups.initialize(layout, "cuda", seed=0, timeout_minutes=5)
     sharded = random_model(gigabytes, world)
@@ -144,19 +150,21 @@ def measure(gigabytes: float, rounds: int) -> dict:
         def shards(self):
             return sharded.local
 
-    fields, engine, receives = sharded.fields, EngineLayout(tp=1, ep=1), Engine()
+    fields, engine = sharded.fields, EngineLayout(tp=1, ep=1)
+    receives = publish_server.started(python, sharded.config) if python else Engine()
     plan = PublishPlan(fields, layout, [engine], dtype="bf16", bucket_bytes=BUCKET_BYTES)
     exchange = Exchange(plan, 0, 1, world.device, in_shared_memory=True)
 
     def publisher(share: float) -> Callable[[], None]:
-        proof = Unasked(fields, engine, build_of("cuda", ()), torch.bfloat16, share)
+        kind = PublishProof if python else Unasked
+        proof = kind(fields, engine, build_of("cuda", ()), torch.bfloat16, share)
         publish = IpcPublisher(exchange, receives, proof, world.control).publish
         return lambda: publish(Weights(), 0)
 
     nbytes = sum(message.nbytes for message in plan.sends_of(0))
     ways = {"copy": copies_of(nbytes, world.device), "handles": publisher(0.0), "checksums": publisher(1.0)}
-    ways["handles"]()
-    same, notices = compared(sharded, receives)
+    ways["checksums"]()
+    same, notices = (publish_server if python else sys.modules[__name__]).compared(sharded, receives, ways["checksums"])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -166,9 +174,10 @@ def measure(gigabytes: float, rounds: int) -> dict:
             torch.cuda.synchronize()
             if number:  # the first round warms up
                 seconds[name].append(time.monotonic() - began)
+    used = publish_server.given_back(receives) if python else {}
     receives.close()
     groups.shutdown()
-    return {"bytes": nbytes, "same": same, "notices": notices, "seconds": seconds}
+    return {"bytes": nbytes, "same": same, "notices": notices, "seconds": seconds, "device_used": used}
 
 
 def random_model(gigabytes: float, world: groups.Groups):
@@ -187,7 +196,7 @@ def random_model(gigabytes: float, world: groups.Groups):
     with torch.no_grad():
         for _, _, parameter in sharded.local:
             parameter.normal_(std=0.02)
-    sharded.fields = fields
+    sharded.fields, sharded.config = fields, config
     return sharded
 
 
@@ -203,7 +212,7 @@ def copies_of(nbytes: int, device: torch.device) -> Callable[[], None]:
     return copy
 
 
-def compared(sharded, receives: Engine) -> tuple[bool, bool]:
+def compared(sharded, receives: Engine, _publish: Callable[[], None]) -> tuple[bool, bool]:
     """Whether the engine's tensors are the trainer's byte for byte; and whether a changed one would be seen."""
     from r1mega.train.policy import checksum
 

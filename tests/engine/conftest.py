@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +23,9 @@ from r1mega.launch.ports import free_port
 from r1mega.launch.rank_processes import die_with_parent
 from r1mega.rollout.engine_config import write_engine_config
 from r1mega.rollout.server import server_command, server_env
+
+sys.path.insert(0, str(Path(__file__).parent))
+from where import DEVICE, need_gpus
 
 REPO = Path(__file__).resolve().parents[2]
 # Seconds. Three or more processes import 10 s of Python each: 20-30 s on two idle cores, minutes on busy ones.
@@ -122,6 +126,8 @@ def serve(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
     @contextmanager
     def run(directory: Path, **options: Any) -> Iterator[Server]:
+        num_ranks = options.get("tp", 1) * options.get("dp", 1)
+        need_gpus(num_ranks)
         log = tmp_path_factory.mktemp("server") / "log"
         port = free_port()
         command = server_command(
@@ -129,15 +135,14 @@ def serve(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
             model_dir=directory,
             host="127.0.0.1",
             port=port,
-            device="cpu",
+            device=DEVICE,
             dtype="float32",
             max_total_tokens=16384,
             max_running_requests=64,
             mem_fraction=0.3,
             **options,
         )
-        num_ranks = options.get("tp", 1) * options.get("dp", 1)
-        env = os.environ | server_env(device="cpu", num_ranks=num_ranks)
+        env = os.environ | server_env(device=DEVICE, num_ranks=num_ranks)
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ from r1mega.weights.proof import PublishProof, build_of
 from r1mega.weights.shelf import Shelf, folder_of
 from r1mega.weights.spread import SpreadWriter
 from r1mega.weights.write_plan import WritePlan
+
+sys.path.insert(0, str(Path(__file__).parent))
+from where import DEVICE, need_gpus
 
 
 class Servers:
@@ -98,13 +102,14 @@ def servers(checkpoint: Path, run_dir: Path, python: Path, **options) -> Iterato
     """
     config = schema.Config()
     config.run.dir, config.model.hf = str(run_dir), str(checkpoint)
-    config.device.type, config.precision.params = choices.DeviceType.cpu, choices.ParamDtype.fp32
+    config.device.type, config.precision.params = choices.DeviceType(DEVICE), choices.ParamDtype.fp32
     config.rollout.engine, config.rollout.engines = choices.EngineKind.sglang, 2
     config.rollout.max_batch = 64
     config.sglang.python, config.sglang.max_cached_tokens = str(python), 16384
     for name, value in options.items():
         section, _, field = name.partition("__")
         setattr(getattr(config, section), field, value)
+    need_gpus(config.rollout.engines * config.sglang.tp)
     made = Servers(config)
     made.start()
     try:
@@ -117,7 +122,7 @@ def disk_publisher(
     fleet: Servers, client: SglangEngines, fields: HfFields, layout: EngineLayout, group: dist.ProcessGroup, share=1.0
 ) -> DiskPublisher:
     """What publishes in fp32 from a trainer of one process."""
-    proof = PublishProof(fields, layout, build_of("cpu", ()), torch.float32, share)
+    proof = PublishProof(fields, layout, build_of(DEVICE, ()), torch.float32, share)
     plan = WritePlan(fields, Layout.parse("1"), serves="fp32", held="fp32", together=proof.together())
     writer = SpreadWriter(plan, 0, torch.device("cpu"), fleet.place.model, group)
     return DiskPublisher(fleet.place, client, writer, proof, group)

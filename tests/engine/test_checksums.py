@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from r1mega.models.hf_fields import read
 from r1mega.weights.checksums import ExpectedChecksums, compare, reported_by_rank
 from r1mega.weights.engine_layout import EngineLayout
 from r1mega.weights.engine_params import EngineBuild, EngineParam, engine_params
+
+sys.path.insert(0, str(Path(__file__).parent))
+from where import DEVICE
 
 pytestmark = [pytest.mark.extended, pytest.mark.timeout(600)]
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}  # with YaRN, tp=2 does not start on CPU
@@ -38,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], EngineLayout, str]] = {
 
 
 def expected_of(directory: Path, params: list[EngineParam], dtype: str) -> dict[str, str]:
-    checksums = ExpectedChecksums(params, dtype=getattr(torch, dtype), device="cpu")
+    checksums = ExpectedChecksums(params, dtype=getattr(torch, dtype), device=DEVICE)
     for name, tensor in load_file(directory / "model.safetensors").items():
         checksums.add(name, tensor)
     return checksums.result()
@@ -63,7 +67,7 @@ def test_every_parameter_is_as_expected(
         reported_later = reported_by_rank(server.post("/weights_checker", action="checksum"))
     agreed = 0
     for rank in range(layout.num_ranks):
-        params = engine_params(fields, layout, rank, EngineBuild(device="cpu"))
+        params = engine_params(fields, layout, rank, EngineBuild(device=DEVICE))
         expected, expected_later = (expected_of(directory, params, dtype) for directory in (start, later))
         assert not list(map(str, compare(params, expected, reported[rank])))
         assert not list(map(str, compare(params, expected_later, reported_later[rank])))
@@ -90,7 +94,7 @@ def test_a_name_that_the_engine_skips_is_named(
         answer = server.post("/update_weights_from_disk", model_path=str(tmp_path))
         assert answer["success"], answer
         reported = reported_by_rank(server.post("/weights_checker", action="checksum"))[0]
-    params = engine_params(read(start), EngineLayout(), 0, EngineBuild(device="cpu"))
+    params = engine_params(read(start), EngineLayout(), 0, EngineBuild(device=DEVICE))
     (mismatch,) = compare(params, expected_of(later, params, "float32"), reported)
     assert (mismatch.param, mismatch.kind) == ("model.layers.2.mlp.experts.w13_weight", "different")
     assert skipped in mismatch.tensors

@@ -40,6 +40,7 @@ from r1mega.weights.proof import PublishError, PublishProof, build_of, publish_t
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fleets import Servers, disk_publisher, exporting, kill, served, servers
+from where import DEVICE
 
 HANG_SECONDS = 15.0
 PARAMS = SamplingParams(max_tokens=48)
@@ -167,7 +168,7 @@ def test_a_server_is_killed_in_mid_publish(fleet: Servers, client, qwen2, alone)
 def test_a_server_is_lost_while_weights_come_over_gloo(fleet: Servers, client, qwen2, alone, monkeypatch, number):
     """Between two buckets: the other server is not kept waiting, and both have the weights at the second attempt."""
     fields, engine = hf_fields.read(qwen2[0]), fleet.engines[1]
-    proof = PublishProof(fields, EngineLayout(), build_of("cpu", ()), torch.float32, 1.0)
+    proof = PublishProof(fields, EngineLayout(), build_of(DEVICE, ()), torch.float32, 1.0)
     exchange = exchange_for(fields, Layout(), 0, torch.device("cpu"), dtype="fp32", bucket_bytes=60_000)
     sending = GroupPublisher(exchange, client, proof, alone, num_ranks=[1, 1], backend="gloo", seconds=200)
     sending.publish(exporting(qwen2[0]), 1)

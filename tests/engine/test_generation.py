@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ from r1mega.rollout.server import ServerOptions
 from r1mega.weights.checksums import ExpectedChecksums, compare, reported_by_rank
 from r1mega.weights.engine_layout import EngineLayout
 from r1mega.weights.engine_params import EngineBuild, engine_params
+
+sys.path.insert(0, str(Path(__file__).parent))
+from where import DEVICE, only_on_cpu
 
 pytestmark = pytest.mark.timeout(600)  # more than a server's start may take
 
@@ -146,6 +150,7 @@ def chosen_by_transformers(directory: Path, tokens: list[int]) -> torch.Tensor:
 
 def test_with_nothing_to_do_it_leaves_the_cores_alone(case: Case) -> None:
     """Its ranks are forks of its first process, and sleep. Those of data-parallel attention are, and do, neither."""
+    only_on_cpu("processes that use CUDA are no forks, and idle ones do not sleep")
     alone = case.layout.attn_dp == 1
     first = psutil.Process(case.server.process.pid)
     ranks = [one for one in first.children(recursive=True) if one.cmdline()[0].startswith("sglang::scheduler")]
@@ -194,9 +199,9 @@ def test_checksums_are_those_expected(case: Case, record_property: Callable[[str
         case.load(directory, directory.name)
         reported[directory] = reported_by_rank(case.server.post("/weights_checker", action="checksum"))
     for rank in range(case.layout.num_ranks):
-        params = engine_params(read(case.start), case.layout, rank, EngineBuild(device="cpu"))
+        params = engine_params(read(case.start), case.layout, rank, EngineBuild(device=DEVICE))
         for directory in (case.start, case.later):
-            checksums = ExpectedChecksums(params, dtype=torch.float32, device="cpu")
+            checksums = ExpectedChecksums(params, dtype=torch.float32, device=DEVICE)
             for name, tensor in load_file(directory / "model.safetensors").items():
                 checksums.add(name, tensor)
             expected[directory] = checksums.result()
