@@ -1,14 +1,15 @@
 """Every model family at every kind of layout, against transformers on one process: log-probs, gradients, updates.
 
 Makes tiny checkpoints of random weights, starts the processes of each layout itself, and prints a line for each cell:
-the largest difference of a response token's log-prob, of a gradient and, after five Adam steps, of a parameter
-(norm of the difference over norm of the reference), with the worst tensor. Exit code 0 where all cells are within the
-tolerances, 1 where not, 2 on bad input. The layer after the last (multi-token prediction), which transformers lacks, is
-compared with a plain torch module written from the paper's equations.
+the largest difference of a response token's log-prob, of a gradient, of the norm by which gradients are clipped and,
+after five Adam steps, of a parameter (norm of the difference over norm of the reference), with the worst tensor. Exit
+code 0 where all cells are within the tolerances, 1 where not, 2 on bad input. The layer after the last (multi-token
+prediction), which transformers lacks, is compared with a plain torch module written from the paper's equations.
 
     python tools/parity_matrix.py --json out.json
     python tools/parity_matrix.py --families qwen2 --layouts tp=2 cp=2
     python tools/parity_matrix.py --break expert_reduction gate_up --families deepseek_v3 --layouts tp=2
+    python tools/parity_matrix.py --device cuda --share-gpu --layer-spec te        # all layouts on one GPU
 """
 
 from __future__ import annotations

@@ -57,8 +57,7 @@ class ShardedModel:
                     f"table of {fields.family}: {slot.name} is {key[1]} here, which the model does not have"
                 )
             seen.add(key)
-            if slot.axis is not None:
-                _mark_cut(named[key], slot)
+            _mark(named[key], slot)
             self.local.append((slot, shard, named[key]))
         missing = sorted(set(named) - seen)
         if missing:
@@ -180,14 +179,16 @@ class ShardedModel:
         return result
 
 
-def _mark_cut(parameter: torch.Tensor, slot: Slot) -> None:
-    """Tell Megatron that the ranks of the axis hold different parts.
+def _mark(parameter: torch.Tensor, slot: Slot) -> None:
+    """Tell Megatron whether the ranks of the axis hold different parts or copies.
 
-    Megatron does so only where it initialises the weights itself. Without the mark it takes the parts for copies, and
-    the gradient's norm, which clipping goes by, counts the first rank's alone.
+    The gradient's norm, which clipping goes by, takes parts from all of them and copies from the first. Megatron marks
+    parts only where it initialises the weights itself, and Transformer Engine marks every linear layer's weights as
+    parts, MLA's down-projections too, which are then counted once for each tensor rank.
     """
-    parameter.tensor_model_parallel = True
-    parameter.partition_dim = slot.op.dim if isinstance(slot.op, Cut) else 0
+    is_cut = slot.axis is not None
+    parameter.tensor_model_parallel = is_cut
+    parameter.partition_dim = (slot.op.dim if isinstance(slot.op, Cut) else 0) if is_cut else -1
     parameter.partition_stride = 1
 
 

@@ -107,7 +107,7 @@ def test_no_lever_changes_anything(whole):
 @pytest.fixture(scope="module")
 def broken(nursery, tmp_path_factory):
     """Family and mistake -> the cell of two tensor-parallel ranks."""
-    names = ("layernorm_reduction", "expert_reduction", "down_projection", "gate_up")
+    names = ("layernorm_reduction", "expert_reduction", "down_projection", "gate_up", "counted_twice")
     options = ("--break", *names, "--families", "deepseek_v3", "llama", "--layouts", "tp=2")
     exit_code, found = measured(nursery, tmp_path_factory.mktemp("broken") / "cells.json", *options)
     assert exit_code == 1
@@ -134,6 +134,14 @@ def test_known_mistakes_turn_cells_red(broken, mistake, family, worst):
     assert (cell["max_abs_diff"] > 1e-2) == (mistake == "gate_up")
 
 
+def test_a_wrong_norm_of_the_gradient_turns_a_cell_red(broken):
+    """All gradients are right, and what they are clipped by is not. Adam hides most of it: the weights pass."""
+    cell = broken["deepseek_v3", "counted_twice"]
+    assert not cells.is_green(cell)
+    assert cell["max_rel_grad_diff"] < 1e-5 and cell["max_rel_norm_diff"] > 10 * cells.MAX_NORM_DIFF
+    assert cell["max_rel_weight_diff"] < cells.MAX_WEIGHT_DIFF
+
+
 def test_experts_replayed_a_token_late_turn_a_cell_red(tmp_path):
     """From the program as people start it."""
     out = tmp_path / "cells.json"
@@ -143,7 +151,7 @@ def test_experts_replayed_a_token_late_turn_a_cell_red(tmp_path):
     assert cell["max_abs_diff"] > 1e-2 and cell["max_rel_grad_diff"] > 0.1
 
 
-@pytest.mark.parametrize("mistake", ["expert_reduction", "down_projection"])
+@pytest.mark.parametrize("mistake", ["expert_reduction", "down_projection", "counted_twice"])
 def test_a_family_without_the_part_stays_green(broken, mistake):
     assert cells.is_green(broken["llama", mistake])
 

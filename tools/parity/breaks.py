@@ -1,7 +1,8 @@
 """Known mistakes, made on purpose: a comparison that does not notice them says nothing.
 
 `layernorm_reduction`, `expert_reduction` and `down_projection` are faults of Megatron-Core 0.16.1 that r1mega mends, or
-reductions it relies on; `gate_up` is a wrong row of the parameter table; `late_choice` replays experts a token late.
+reductions it relies on; `counted_twice` is Transformer Engine's, and shows in the weights alone, as the gradient's norm
+is wrong; `gate_up` is a wrong row of the parameter table; `late_choice` replays experts a token late.
 """
 
 from __future__ import annotations
@@ -98,7 +99,22 @@ def _late_choice() -> list:
     return [(routes, "deal", original)]
 
 
+def _counted_twice() -> list:
+    """Take what every tensor rank holds whole of MLA for parts of one matrix, as Transformer Engine does."""
+    from r1mega.models import shard
+
+    original = shard._mark
+
+    def as_transformer_engine_marks_them(parameter, slot) -> None:
+        original(parameter, slot)
+        parameter.tensor_model_parallel |= "_down_proj." in slot.name
+
+    shard._mark = as_transformer_engine_marks_them
+    return [(shard, "_mark", original)]
+
+
 _BREAKS = {
+    "counted_twice": _counted_twice,
     "late_choice": _late_choice,
     "gate_up": _gate_up,
     "layernorm_reduction": _layernorm_reduction,

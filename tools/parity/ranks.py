@@ -45,14 +45,14 @@ def answer(policy: MegatronPolicy, path: Path, case: Case, *, chunk_tokens: int)
         weight_R = torch.tensor([w for sample in batch.samples for w in case.weights[sample]], device=logprobs_R.device)
         return (logprobs_R * weight_R).sum(), {}
 
-    found: dict = {"logprobs": policy.logprobs(items, plan)}
+    found: dict = {"logprobs": policy.logprobs(items, plan), "norms": []}
     mtp_weight = case.mtp_weight if policy.fields.num_mtp_layers else 0.0
     for update in range(max(1, case.updates)):
         policy.forward_backward(items, plan, weighted_sum, mtp_weight=mtp_weight)
         if update == 0:
             found["gradients"] = {name: gradient.clone() for name, gradient in policy.gradients()}
         if case.updates:
-            policy.optimizer_step(case.lr)
+            found["norms"].append(policy.optimizer_step(case.lr))
     found["weights"] = {name: tensor.float().clone() for name, tensor in policy.export_hf()}
     return found
 
@@ -68,6 +68,9 @@ def compare(ours: dict, theirs: dict) -> dict:
         "worst_tensor": where,
         "parameters": len(theirs["gradients"]),
     }
+    if theirs.get("norms"):
+        pairs = zip(ours["norms"], theirs["norms"], strict=True)
+        cell["max_rel_norm_diff"] = max(abs(a - b) / b for a, b in pairs)
     if "weights" in theirs:
         trained = {name: ours["weights"][name] for name in theirs["weights"]}
         cell["max_rel_weight_diff"], cell["worst_weight"] = _worst(_relative(trained, theirs["weights"]))

@@ -88,7 +88,7 @@ def open_reference(path: Path):
 
 
 def answer(path: Path, case: Case) -> dict:
-    """Log-probs, gradients, and the weights after `case.updates` steps, of the reference."""
+    """Log-probs, gradients, their norm before each of `case.updates` steps, and the weights after them."""
     reference = open_reference(path)
     gates = {}
     for name, module in reference.modules():
@@ -97,7 +97,7 @@ def answer(path: Path, case: Case) -> dict:
             module.register_forward_hook(gates[name].replay)  # the next one sees what it makes of the outputs
             module.register_forward_hook(gates[name].see)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=case.lr, betas=case.betas, eps=1e-8, weight_decay=0.0)
-    found: dict = {}
+    found: dict = {"norms": []}
     for update in range(max(1, case.updates)):
         optimizer.zero_grad(set_to_none=False)
         logprobs = _backward(reference, case, gates)
@@ -105,7 +105,7 @@ def answer(path: Path, case: Case) -> dict:
             found["logprobs"] = logprobs
             found["gradients"] = {name: gradient.clone() for name, gradient in reference.gradients().items()}
         if case.updates:
-            torch.nn.utils.clip_grad_norm_(reference.parameters(), case.clip_grad)
+            found["norms"].append(float(torch.nn.utils.clip_grad_norm_(reference.parameters(), case.clip_grad)))
             optimizer.step()
             _move_biases(gates, case.bias_update_rate)
     found["weights"] = {name: weight.clone() for name, weight in reference.weights().items()}
