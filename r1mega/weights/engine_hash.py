@@ -59,7 +59,8 @@ class GpuHash:
     position, twice; tiles of 8192 words are summed, mixed with the tensor's size, summed again, and mixed once more.
     Sums let pieces be added as they come, but the size has to be known before.
 
-    It gives what SGLang's kernel gives under Triton's interpreter; against the kernel on a GPU it has not been run.
+    It gives what SGLang's kernel gives on a GPU and under Triton's interpreter. Nothing is brought to the host before
+    `hex`.
 
     Args:
         total: bytes of the whole tensor. Raises ValueError from 8 GiB on, where the kernel's 32-bit positions run over.
@@ -73,8 +74,8 @@ class GpuHash:
             )
         self._seen = 0
         self._rest = torch.empty(0, dtype=torch.uint8)
-        self._open = [0, 0]  # sums of the tile that is not full yet
-        self._sum = 0
+        self._open = torch.zeros(2, 1, dtype=torch.int64)  # sums of both halves of the tile that is not full yet
+        self._sum = torch.zeros((), dtype=torch.int64)  # of the tiles that are; it wraps, as that of uint64 does
 
     def update(self, nbytes: torch.Tensor) -> None:
         if self._rest.numel():
@@ -92,10 +93,10 @@ class GpuHash:
             self._add(torch.cat([self._rest, zeros]).view(torch.int32))
         assert self._seen == self._words, "bytes are missing"
         if self._seen % _TILE:
-            self._close(*self._open)
+            self._close(self._open)
         if not self._words:
             return f"{0:016x}"
-        mixed = self._sum
+        mixed = int(self._sum) & _MASK64
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # SplitMix64's finaliser
             mixed = ((mixed ^ (mixed >> shift)) * factor) & _MASK64
         return f"{mixed:016x}"
@@ -106,24 +107,28 @@ class GpuHash:
         self._seen += words.numel()
         positions = torch.arange(begin, self._seen, dtype=torch.int32, device=words.device)
         halves = [_mixed_words(words, positions, *half) for half in _HALVES]
+
+        def sums_2T(begin: int, end: int, tiles: int) -> torch.Tensor:
+            return torch.stack([half[begin:end].view(tiles, -1).sum(1) for half in halves])
+
         first = min(-begin % _TILE, words.numel())
         if first:
-            self._open = [known + int(half[:first].sum()) for known, half in zip(self._open, halves, strict=True)]
+            self._open = self._open.to(words.device) + sums_2T(0, first, 1)
             if (begin + first) % _TILE == 0:
-                self._close(*self._open)
-                self._open = [0, 0]
+                self._close(self._open)
+                self._open = torch.zeros_like(self._open)
         tiles = (words.numel() - first) // _TILE
         last = first + tiles * _TILE
-        sums = (half[first:last].view(tiles, _TILE).sum(1).tolist() for half in halves)
-        for one, other in zip(*sums, strict=True):
-            self._close(one, other)
+        if tiles:
+            self._close(sums_2T(first, last, tiles))
         if last < words.numel():
-            self._open = [int(half[last:].sum()) for half in halves]
+            self._open = sums_2T(last, words.numel(), 1)
 
-    def _close(self, one: int, other: int) -> None:
-        size = (self._words * _WORD) & _MASK32
-        high, low = (_mixed((half & _MASK32) ^ size) for half in (one, other))
-        self._sum = (self._sum + (high << 32) + low) & _MASK64
+    def _close(self, sums_2T: torch.Tensor) -> None:
+        """int64 [2, tiles], of which the lower 32 bits count: the high and the low half of each tile's hash."""
+        size = _signed((self._words * _WORD) & _MASK32)
+        high_T, low_T = _finalised(_low_half(sums_2T) ^ size).long()
+        self._sum = self._sum.to(sums_2T.device) + ((high_T << 32) + (low_T & _MASK32)).sum()
 
 
 def hash_for(device: str, total: int) -> Hash:
@@ -141,13 +146,23 @@ def hash_for(device: str, total: int) -> Hash:
 def _mixed_words(words: torch.Tensor, positions: torch.Tensor, factor: int, rotation: int, seed: int) -> torch.Tensor:
     """int32 [n] twice -> int32 [n]. Products and sums of int32 wrap, as those of uint32 do: the bits are the same."""
     turned = (positions << rotation) | _shifted(positions, 32 - rotation)
-    mixed = words ^ ((positions * _signed(factor) + _signed(seed)) ^ turned)
+    return _finalised(words ^ ((positions * _signed(factor) + _signed(seed)) ^ turned))
+
+
+def _finalised(mixed: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3's finaliser, in place."""
     mixed ^= _shifted(mixed, 16)
     mixed *= _signed(_MIX[0])
     mixed ^= _shifted(mixed, 13)
     mixed *= _signed(_MIX[1])
     mixed ^= _shifted(mixed, 16)
     return mixed
+
+
+def _low_half(sums: torch.Tensor) -> torch.Tensor:
+    """int64 -> int32: the lower 32 bits."""
+    low = sums & _MASK32
+    return torch.where(low >> 31 > 0, low - (1 << 32), low).int()
 
 
 def _shifted(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -157,12 +172,3 @@ def _shifted(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
-
-
-def _mixed(word: int) -> int:
-    """The same finaliser for one number."""
-    word ^= word >> 16
-    word = (word * _MIX[0]) & _MASK32
-    word ^= word >> 13
-    word = (word * _MIX[1]) & _MASK32
-    return word ^ (word >> 16)

@@ -33,12 +33,6 @@ def matrix(out: Path, *options: str) -> tuple[int, list[dict]]:
     return result.returncode, json.loads(out.read_text())
 
 
-@pytest.fixture(scope="module")
-def te_cells(tmp_path_factory) -> list[dict]:
-    """The cells of every commit, but on Transformer Engine's layers and with their levers."""
-    return matrix(tmp_path_factory.mktemp("te") / "cells.json", "--core", "--layer-spec", "te")[1]
-
-
 def assert_green(found: list[dict], least: int) -> None:
     compared = [cell for cell in found if "refused" not in cell]
     assert len(compared) >= least
@@ -47,17 +41,18 @@ def assert_green(found: list[dict], least: int) -> None:
 
 @needs_te
 @pytest.mark.parametrize(("family", "least"), [("deepseek_v3_mtp", 6), ("deepseek_v3", 2), ("qwen2", 2), ("llama", 4)])
-def test_layouts_of_transformer_engine(te_cells, family, least):
+def test_layouts_of_transformer_engine(tmp_path, family, least):
     """fp32: over cp ranks its attention has no kernels for it."""
-    assert_green([cell for cell in te_cells if cell["family"] == family and not cell["options"]], least)
+    options = ("--core", "--layer-spec", "te", "--levers", "without", "--families", family)
+    assert_green(matrix(tmp_path / "cells.json", *options)[1], least)
 
 
 @needs_te
-def test_levers_of_transformer_engine(te_cells):
-    """Attention over cp ranks among them, in bf16."""
-    found = [cell for cell in te_cells if cell["options"]]
-    assert sum("cp=2" in cell["layout"] for cell in found) == 3
-    assert_green(found, len(cells.TE_LEVERS))
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v3_mtp", "qwen2", "llama"])
+def test_levers_of_transformer_engine(tmp_path, family):
+    """Of qwen2 and llama also its attention over cp ranks, in bf16."""
+    found = matrix(tmp_path / "cells.json", "--layer-spec", "te", "--levers", "only", "--families", family)[1]
+    assert_green(found, sum(name == family for name, _, _ in cells.TE_LEVERS))
 
 
 @needs_te
