@@ -152,6 +152,7 @@ def measure(gigabytes: float, rounds: int, python: Path | None = None) -> dict:
 
     fields, engine = sharded.fields, EngineLayout(tp=1, ep=1)
     receives = publish_server.started(python, sharded.config) if python else Engine()
+    compare = publish_server.compared if python else compared
     plan = PublishPlan(fields, layout, [engine], dtype="bf16", bucket_bytes=BUCKET_BYTES)
     exchange = Exchange(plan, 0, 1, world.device, in_shared_memory=True)
 
@@ -164,7 +165,7 @@ def measure(gigabytes: float, rounds: int, python: Path | None = None) -> dict:
     nbytes = sum(message.nbytes for message in plan.sends_of(0))
     ways = {"copy": copies_of(nbytes, world.device), "handles": publisher(0.0), "checksums": publisher(1.0)}
     ways["checksums"]()
-    same, notices = (publish_server if python else sys.modules[__name__]).compared(sharded, receives, ways["checksums"])
+    same, notices = compare(sharded, receives, ways["checksums"])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ class RealServer(SglangEngines):
     def close(self) -> None:
         """End it and all its processes."""
         super().close()
-        os.killpg(self._process.pid, 9)
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._folder.cleanup()
 

@@ -73,7 +73,8 @@ class StagedGroup(dist.ProcessGroup):
     """A process group over gloo whose tensors may lie on a GPU.
 
     Every collective has ended when it returns, on the host and in the order of the current stream. Of gloo's limits
-    those that NCCL lacks are bridged: parts of unequal size in `allgather` and `reduce_scatter`.
+    those that NCCL lacks are bridged: parts of unequal size in `allgather` and `reduce_scatter`. What training does not
+    call (`reduce`, `gather`, `scatter`, lists in `alltoall`) is not there, and torch says so.
     """
 
     def __init__(self, inner: dist.ProcessGroupGloo, rank: int, size: int) -> None:
@@ -109,13 +110,6 @@ class StagedGroup(dist.ProcessGroup):
             on_host = _copy(tensor)
             self._inner.broadcast([on_host], opts).wait()
             _put(tensor, on_host)
-        return _Done()
-
-    def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
-        on_host = _copy(tensors[0])
-        self._inner.reduce([on_host], opts).wait()
-        if self.rank() == opts.rootRank:
-            _put(tensors[0], on_host)
         return _Done()
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
@@ -174,21 +168,6 @@ class StagedGroup(dist.ProcessGroup):
         _put(output, whole)
         return _Done()
 
-    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> dist.Work:
-        found = [[_like(part) for part in parts] for parts in outputs]
-        self._inner.gather(found, [_copy(tensor) for tensor in inputs], opts).wait()
-        for parts, filled in zip(outputs, found, strict=True):
-            for part, on_host in zip(parts, filled, strict=True):
-                _put(part, on_host)
-        return _Done()
-
-    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> dist.Work:
-        found = [_like(tensor) for tensor in outputs]
-        self._inner.scatter(found, [[_copy(part) for part in parts] for parts in inputs], opts).wait()
-        for output, on_host in zip(outputs, found, strict=True):
-            _put(output, on_host)
-        return _Done()
-
     def send(self, tensors: list[Tensor], destination: int, tag: int = 0) -> dist.Work:
         on_host = _copy(tensors[0])
         return _Transfer(self._inner.send([on_host], destination, tag), on_host)
@@ -196,15 +175,6 @@ class StagedGroup(dist.ProcessGroup):
     def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> dist.Work:
         on_host = _like(tensors[0])
         return _Transfer(self._inner.recv([on_host], source, tag), on_host, tensors[0])
-
-    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
-        sizes = [[part.numel() for part in parts] for parts in (outputs, inputs)]
-        mine = torch.cat([_copy(part).reshape(-1) for part in inputs])
-        whole = torch.empty(sum(sizes[0]), dtype=mine.dtype)
-        self._inner.alltoall_base(whole, mine, *sizes, dist.AllToAllOptions()).wait()
-        for output, on_host in zip(outputs, whole.split(sizes[0]), strict=True):
-            _put(output, on_host)
-        return _Done()
 
     def barrier(self, opts: Any = None) -> dist.Work:
         self._inner.barrier().wait()

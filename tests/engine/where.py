@@ -1,21 +1,17 @@
-"""Which device the real servers of a session's tests run on."""
+"""Which device the tests' real servers run on."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
-# A GPU where there is one. R1MEGA_ENGINE_DEVICE says otherwise.
-DEVICE = os.environ.get("R1MEGA_ENGINE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def need_gpus(count: int) -> None:
-    """Skip what takes more processes on GPUs than there are: NCCL has no two ranks on one."""
-    there = max(1, torch.cuda.device_count())
-    if DEVICE == "cuda" and count > there:
-        pytest.skip(f"needs {count} GPUs, here is {there}")
+    """Skip what has more processes of servers than there are GPUs: each takes one of its own."""
+    if DEVICE == "cuda" and count > torch.cuda.device_count():
+        pytest.skip(f"needs {count} GPUs, here is {torch.cuda.device_count()}")
 
 
 def only_on_cpu(why: str) -> None:

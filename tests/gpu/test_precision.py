@@ -66,8 +66,7 @@ def test_a_run_in_fp8(sft_losses):
 
 def test_moments_in_bf16_train_as_moments_in_fp32_do(sft_losses):
     """V3 section 3.3.3 keeps Adam's moments in bf16 "without incurring observable performance degradation"."""
-    options = {"updates": 8, "task": "markov"}
-    theirs = sft_losses(*TE, "optim.lr=3e-4", **options)
-    found = sft_losses(*TE, "precision.moments=bf16", "optim.lr=3e-4", **options)
+    theirs = sft_losses(*TE, "optim.lr=3e-4", task="markov")
+    found = sft_losses(*TE, "precision.moments=bf16", "optim.lr=3e-4", task="markov")
     assert sum(found) == pytest.approx(sum(theirs), rel=0.0025)
     assert found != theirs
