@@ -8,8 +8,8 @@ all (memory that a file freed just before is written faster; files that are of n
 
 broadcast   rank 0 broadcasts as many bytes as the model has, in buckets, over gloo
 receivers   rank 0 broadcasts the same to two processes beside the trainer, as the two ranks of an engine are
-gloo        whole tensors are collected on rank 0 and broadcast to those processes, with the checksums that the server
-            must report
+gloo        each rank broadcasts the tensors that it owns to those processes, with the checksums that the server must
+            report
 ipc         the plan's slices go to two engine ranks of one server (tp=2, ep=2), whole tensors come of them in shared
             memory, with the checksums that the server must report and the handles that it is sent
 cp          `cp -r` of the directory that a publish by `disk` writes

@@ -27,9 +27,10 @@ from r1mega.types import GroupAddress, TensorShape
 from r1mega.weights.disk import DiskPublisher
 from r1mega.weights.engine_layout import EngineLayout
 from r1mega.weights.exchange import Exchange
+from r1mega.weights.gathering import Gathering
 from r1mega.weights.ipc import IpcPublisher
 from r1mega.weights.plan import PublishPlan
-from r1mega.weights.process_group import GroupPublisher, exchange_for
+from r1mega.weights.process_group import GroupPublisher, plan_for
 from r1mega.weights.proof import PublishProof, build_of
 from r1mega.weights.shelf import Shelf
 from r1mega.weights.spread import SpreadWriter
@@ -86,9 +87,9 @@ class Receiving(Silent):
         """They end with this process."""
 
     def update_from_group(self, name: str, tensors: Sequence[TensorShape]) -> None:
-        """Receive one piece."""
-        nbytes = sum(math.prod(shape) * getattr(torch, dtype).itemsize for _, dtype, shape in tensors)
-        self._ask("update", (name, nbytes))
+        """Receive tensors, one by one."""
+        sizes = [math.prod(shape) * getattr(torch, dtype).itemsize for _, dtype, shape in tensors]
+        self._ask("update", (name, sizes))
 
     def _ask(self, what: str, argument: Any) -> None:
         for pipe in self._pipes:
@@ -119,10 +120,13 @@ def receive(pipe: Connection, rank: int) -> None:
                 c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
                 joined[address.name] = group
             else:
-                name, nbytes = argument
-                if buffer.numel() < nbytes:
-                    buffer = torch.zeros(nbytes, dtype=torch.uint8)
-                dist.broadcast(buffer[:nbytes], src=0, group=joined[name])
+                name, sizes = argument
+                if buffer.numel() < sum(sizes):
+                    buffer = torch.zeros(sum(sizes), dtype=torch.uint8)
+                parts = buffer[: sum(sizes)].split(sizes)
+                works = [dist.broadcast(part, src=0, group=joined[name], async_op=True) for part in parts]
+                for work in works:
+                    work.wait()
             pipe.send(None)
 
 
@@ -171,8 +175,9 @@ class Ways:
             joined = self._aside.submit(self._receiving.join_group, address, [1])
             self._outside.meet()
             joined.result()
+        sent = plan_for(fields, layout, proof, serves="bf16", held="bf16", backend="gloo", turn_bytes=bucket_bytes)
         self._gloo = GroupPublisher(
-            exchange_for(fields, layout, self.rank, world.device, dtype="bf16", bucket_bytes=bucket_bytes),
+            Gathering(sent, self.rank, world.device),
             self._receiving,
             proof,
             world.control,
@@ -228,7 +233,7 @@ class Ways:
         for begin in range(0, self.model_bytes, size):
             nbytes = min(size, self.model_bytes - begin)
             told = self._aside.submit(self._receiving.update_from_group, "plain", [("", "uint8", (nbytes,))])
-            self._outside.send(self._buffer[:nbytes])
+            self._outside.send([self._buffer[:nbytes]])
             self._outside.wait()
             told.result()
 

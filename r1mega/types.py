@@ -267,7 +267,7 @@ class Servers(Protocol):
         """Make every server leave groups, where it answers and is in them. Raises nothing."""
 
     def update_from_group(self, name: str, tensors: Sequence[TensorShape]) -> None:
-        """Load tensors that rank 0 of the group broadcasts as one piece; returns when they are loaded."""
+        """Load tensors that rank 0 of the group broadcasts one by one; returns when they are loaded."""
 
     def end_update(self, version: int) -> None:
         """All weights have been handed over: serve them, under this version."""

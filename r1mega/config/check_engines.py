@@ -204,9 +204,6 @@ def _check_groups(config: Config) -> Iterator[Fault]:
         other = "nccl" if sglang.transport is Transport.gloo else "gloo"
         constraint = f"needs device.type={needed}, which is {device}"
         yield Fault("sglang.transport", str(sglang.transport), constraint, f"use {other}, ipc or disk")
-    if sglang.dtype is EngineDtype.fp8:
-        constraint = f"FP8 blocks are not made for sglang.transport={sglang.transport} yet"
-        yield Fault("sglang.dtype", "fp8", constraint, "use disk or ipc, or sglang.dtype=bf16")
     given = {argument.partition("=")[0] for argument in sglang.extra_args}
     for flag in ("--pp-size", "--pipeline-parallel-size"):
         if flag in given:

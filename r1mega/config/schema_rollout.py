@@ -99,8 +99,8 @@ class SglangConfig:
     """How weights reach the servers: safetensors in weights_dir (`disk`), handles of memory on one node (`ipc`), or
     broadcasts to engines anywhere else (`gloo` on CPU, `nccl` on GPUs that are not the trainer's)."""
     bucket_bytes: int = 1 << 30
-    """Bytes that an engine process is given at once with `ipc`, `gloo` and `nccl`; the last two take twice as much
-    memory in each sender and in each engine process. What `disk` gathers at once follows from it (ours)."""
+    """Bytes that an engine process is given at once with `ipc`, `gloo` and `nccl`; with the last two a sender takes up
+    to four times as much memory. What `disk` gathers at once follows from it (ours)."""
     weights_dir: str | None = None
     """Where `disk` and recovery copies are written, by all training processes at once; a file system that all of them
     and all servers see, in memory where there is room. Null: RUN_DIR/engines."""

@@ -39,7 +39,7 @@ def publisher_of(config: Config, run: RlRun, place: Shelf, servers: SglangEngine
     if sglang.transport is Transport.disk:
         return DiskPublisher(place, servers, _writer(config, run, place, proof), proof, groups.control).publish
     if sglang.transport in (Transport.gloo, Transport.nccl):
-        publish = _group_publisher(config, run, servers, proof, dtype)
+        publish = _group_publisher(config, run, servers, proof)
         return _with_copy(config, run, place, publish) if sglang.recovery_copy else publish
     engines = [layout] * config.rollout.engines
     moves = held if dtype == "fp8" else dtype  # blocks are made where a tensor is whole
@@ -51,17 +51,22 @@ def publisher_of(config: Config, run: RlRun, place: Shelf, servers: SglangEngine
     return _with_copy(config, run, place, publish) if sglang.recovery_copy else publish
 
 
-def _group_publisher(
-    config: Config, run: RlRun, servers: SglangEngines | None, proof: PublishProof, dtype: str
-) -> Publish:
-    from r1mega.weights.process_group import GroupPublisher, exchange_for
+def _group_publisher(config: Config, run: RlRun, servers: SglangEngines | None, proof: PublishProof) -> Publish:
+    from r1mega.weights.gathering import Gathering
+    from r1mega.weights.process_group import GroupPublisher, plan_for
 
     sglang, groups = config.sglang, run.groups
-    exchange = exchange_for(
-        run.fields, run.layout, groups.rank, groups.device, dtype=dtype, bucket_bytes=sglang.bucket_bytes
+    plan = plan_for(
+        run.fields,
+        run.layout,
+        proof,
+        serves=served_dtype(config),
+        held=str(config.precision.params),
+        backend=str(sglang.transport),
+        turn_bytes=sglang.bucket_bytes,
     )
     return GroupPublisher(
-        exchange,
+        Gathering(plan, groups.rank, groups.device),
         servers,
         proof,
         groups.control,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -44,7 +45,7 @@ class OutsideGroup:
         )
         self.port: int = self._store.port
         self._group: dist.ProcessGroup | None = None
-        self._work: dist.Work | None = None
+        self._under_way: list[tuple[dist.Work, torch.Tensor]] = []
 
     def meet(self) -> None:
         """Wait for the others. Raises RuntimeError where one does not come in time."""
@@ -56,18 +57,20 @@ class OutsideGroup:
         distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self._size)}
         self._group = group
 
-    def send(self, buffer: torch.Tensor) -> None:
-        """Begin to broadcast a buffer, which must not change until `wait` has returned."""
-        assert self._group is not None and self._work is None
-        self._work = dist.broadcast(buffer, group_src=0, group=self._group, async_op=True)
+    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Begin to broadcast tensors one by one; they must not change until `wait` has returned."""
+        assert self._group is not None and not self._under_way
+        for tensor in map(_movable, tensors):
+            work = dist.broadcast(tensor, group_src=0, group=self._group, async_op=True)
+            self._under_way.append((work, tensor))
 
     def wait(self) -> None:
         """Return when what `send` began has left. Raises RuntimeError where a rank is gone or too slow."""
-        if self._work is not None:
-            work, self._work = self._work, None
+        for work, _ in self._under_way:
             work.wait()
-            if self._backend == "nccl":
-                torch.cuda.current_stream().synchronize()  # `wait` makes only the stream wait
+        if self._under_way and self._backend == "nccl":
+            torch.cuda.current_stream().synchronize()  # `wait` makes only the stream wait
+        self._under_way = []
 
     def close(self) -> None:
         """Leave the group, whatever state it is in; the others' part in a broadcast then fails. It can be repeated.
@@ -76,6 +79,12 @@ class OutsideGroup:
         """
         if self._group is not None:
             distributed_c10d._abort_process_group(self._group)
-            while self._backend == "gloo" and self._work is not None and not self._work.is_completed():
+            while self._backend == "gloo" and not all(work.is_completed() for work, _ in self._under_way):
                 time.sleep(_POLL_SECONDS)
-        self._work = self._group = self._store = None
+        self._under_way, self._group, self._store = [], None, None
+
+
+def _movable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes in one piece; those of FP8 as plain bytes, as gloo knows no such numbers."""
+    tensor = tensor.contiguous()
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor

@@ -221,7 +221,8 @@ def _rank(config: Config, memory: StageMemory, job: Job, frozen: list[float]) ->
 
 def _bucket_bytes(config: Config) -> float:
     """What leaves at once. Over `disk` a quarter of a bucket, in two turns; by handles what is sent, what comes and the
-    parcel; over process groups two parcels and both messages (`weights.write_plan`, `exchange`, `process_group`)."""
+    parcel; over process groups two turns of what comes and what it is put together to (`weights.gathering`,
+    `exchange`)."""
     if config.rollout.engine is EngineKind.embedded:
         return float(1 << 28) * 2
     size, transport = float(config.sglang.bucket_bytes), config.sglang.transport

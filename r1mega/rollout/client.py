@@ -184,10 +184,10 @@ class EngineClient:
         await self._succeed("/destroy_weights_update_group", {"group_name": name}, timeout)
 
     async def update_from_group(self, name: str, tensors: Sequence[TensorShape], timeout: float) -> None:
-        """Load tensors that rank 0 of the group broadcasts one after the other in one piece."""
+        """Load tensors that rank 0 of the group broadcasts one by one."""
         names, dtypes, shapes = zip(*tensors, strict=True)
         body = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": name}
-        body |= {"load_format": "flattened_bucket", "flush_cache": False}
+        body |= {"flush_cache": False}
         await self._succeed("/update_weights_from_distributed", body, timeout)
 
     async def end_update(self, version: str, timeout: float, *, is_paused: bool = False) -> None:

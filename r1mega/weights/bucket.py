@@ -62,7 +62,7 @@ def buckets_of(
     """
     buckets: list[Bucket] = []
     begin, stage, filled = 0, None, _Filled()
-    for first, last in _atoms(slots):
+    for first, last in loaded_together(slots):
         atom = slots[first:last]
         sizes = [(blocks_of(slot), nbytes_of(slot)) for slot in atom]
         here = stage_of(atom[0])
@@ -99,8 +99,8 @@ class _Filled:
         return common + max([self.worst_block, *more])
 
 
-def _atoms(slots: Sequence[Slot]) -> Iterator[tuple[int, int]]:
-    """[first, last) of slots that must stay together: each alone, and from one partner of a pair to the other."""
+def loaded_together(slots: Sequence[Slot]) -> Iterator[tuple[int, int]]:
+    """[first, last) of slots that must come in one call: each alone, and from one partner of a pair to the other."""
     position = 0
     names = {tensor.name: index for index, slot in enumerate(slots) for tensor in slot.tensors}
     while position < len(slots):

@@ -6,13 +6,13 @@ through a block, whose scale no rank could know alone. So the plan is of the tra
 is handed over is half of BF16. Couriers of several engine ranks quantise what all of these need, each for its own.
 
 Bucket by bucket, every rank cuts what it sends out of its own shards, in the dtype of the engines, one message for each
-engine rank. The **courier** of an engine rank, the trainer rank that can hand it memory, puts the rectangles together.
+engine rank. The **courier** of engine rank i, trainer rank i modulo the trainer's ranks, puts the rectangles together.
 So a rank holds its shards, and of one bucket what it sends and what its engine ranks get.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -48,9 +48,6 @@ class Exchange:
     Args:
         rank, world_size: of the trainer.
         in_shared_memory: whether buffers on the CPU are such that another process can be handed them.
-        courier_of: (receiver, bucket) -> its courier; None: rank receiver % world_size.
-        is_dense: whether the tensors of a parcel follow each other without a gap, the widest dtype first.
-        num_kept: parcels of a receiver that are good at the same time.
         serves_fp8: whether the engines are given FP8 blocks of what the plan moves, and the rest in bf16.
 
     Raises:
@@ -65,9 +62,6 @@ class Exchange:
         device: torch.device,
         *,
         in_shared_memory: bool = False,
-        courier_of: Callable[[int, int], int] | None = None,
-        is_dense: bool = False,
-        num_kept: int = 1,
         serves_fp8: bool = False,
     ) -> None:
         if plan.dtype not in DTYPES:
@@ -76,30 +70,25 @@ class Exchange:
         self._serves_fp8 = serves_fp8
         self._origins = {tensor.name: (slot, tensor) for slot in plan.slots for tensor in slot.tensors}
         places = plan.receivers.places
-        self._courier_of = courier_of or (lambda receiver, _: receiver % world_size)
-        self._is_dense, self._num_kept, self._turn = is_dense, num_kept, 0
-        buckets = range(len(plan.buckets))
-        self.mine = [i for i in range(len(places)) if any(self._courier_of(i, bucket) == rank for bucket in buckets)]
+        self._world_size = world_size
+        self.mine = list(range(rank, len(places), world_size))
         self._sends = _by_bucket(plan.sends_of(rank))
         self._receives: dict[int, list[tuple[int, Message]]] = {}
         self._deliveries: dict[tuple[int, int], list[Delivery]] = {}
         for index in self.mine:
             for message in plan.receives_of(*places[index]):
-                if self._courier_of(index, message.bucket) == rank:
-                    self._receives.setdefault(message.bucket, []).append((index, message))
+                self._receives.setdefault(message.bucket, []).append((index, message))
             for bucket, found in plan.delivered_to(*places[index]):
-                if self._courier_of(index, bucket) == rank:
-                    self._deliveries[index, bucket] = dense(found) if is_dense else found
+                self._deliveries[index, bucket] = found
         # Kept from bucket to bucket and from publish to publish: new memory costs more than what is copied into it.
-        self._parcels: dict[tuple[int, int], torch.Tensor] = {}
+        self._parcels: dict[int, torch.Tensor] = {}
         self._packed: dict[str, torch.Tensor] = {}
-        self._blocks: dict[tuple[int, int], torch.Tensor] = {}
+        self._blocks: dict[int, torch.Tensor] = {}
 
     def buckets(self, shards: Iterable[tuple[Slot, int, torch.Tensor]]) -> Iterator[list[Parcel]]:
         """Of each bucket the parcels for this rank's engine ranks. Collective: every rank walks to the end.
 
-        `shards` are the rank's own, as `ShardedModel.local` has them. A parcel is good until `num_kept` more have been
-        asked for.
+        `shards` are the rank's own, as `ShardedModel.local` has them. A parcel is good until the next is asked for.
         """
         held = {(slot.name, shard): parameter.detach() for slot, shard, parameter in shards}
         for bucket in self.plan.buckets:
@@ -109,9 +98,7 @@ class Exchange:
         operations: list[dist.P2POp] = []
         own: list[tuple[int, Message]] = []
         sends, receives = self._sends.get(bucket, []), self._receives.get(bucket, [])
-        couriers = [
-            self._courier_of(self.plan.receivers.index(message.engine, message.rank), bucket) for message in sends
-        ]
+        couriers = [self.plan.receivers.index(message.engine, message.rank) % self._world_size for message in sends]
         away = [(message, to) for message, to in zip(sends, couriers, strict=True) if to != self._rank]
         outgoing = self._space("outgoing", [message.nbytes for message, _ in away])
         for (message, courier), space in zip(away, outgoing, strict=True):
@@ -129,7 +116,6 @@ class Exchange:
             arriving.append((index, message, packed))
         assert len(own) + len(away) == len(sends), "a message to this rank that nobody here asked for"
         works = dist.batch_isend_irecv(operations) if operations else []
-        self._turn += 1
         parcels = {index: self._empty(index, bucket) for index in self.mine if (index, bucket) in self._deliveries}
         for index, message in own:
             _place(message, held, parcels[index].tensors)
@@ -145,7 +131,7 @@ class Exchange:
 
     def _space(self, name: str, sizes: Sequence[int]) -> list[torch.Tensor]:
         """Bytes for messages of these sizes, each as aligned as its buffer."""
-        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        padded = [_padded(size) for size in sizes]
         buffer = self._packed.get(name)
         if buffer is None or buffer.numel() < sum(padded):
             buffer = self._packed[name] = torch.empty(sum(padded), dtype=torch.uint8, device=self._device)
@@ -178,30 +164,27 @@ class Exchange:
         return Parcel(parcel.receiver, tensors, buffer)
 
     def _buffer(
-        self, kept: dict[tuple[int, int], torch.Tensor], receiver: int, sizes: Sequence[int], *, handed: bool
+        self, kept: dict[int, torch.Tensor], receiver: int, sizes: Sequence[int], *, handed: bool
     ) -> torch.Tensor:
         """Bytes for tensors of these sizes; such that another process can open them where they are `handed` over."""
-        total, key = sum(map(self._padded, sizes)), (receiver, self._turn % self._num_kept)
-        if key not in kept or kept[key].numel() < total:
-            kept[key] = torch.empty(total, dtype=torch.uint8, device=self._device)
+        total = sum(map(_padded, sizes))
+        if receiver not in kept or kept[receiver].numel() < total:
+            kept[receiver] = torch.empty(total, dtype=torch.uint8, device=self._device)
             if handed and self._shared and self._device.type == "cpu":
-                kept[key].share_memory_()
-        return kept[key][:total]
+                kept[receiver].share_memory_()
+        return kept[receiver][:total]
 
-    def _spaces(self, buffer: torch.Tensor, sizes: Sequence[int]) -> Iterator[torch.Tensor]:
-        """The bytes of each, one after the other, as aligned as their buffer where they are not dense."""
+    @staticmethod
+    def _spaces(buffer: torch.Tensor, sizes: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The bytes of each, one after the other, as aligned as their buffer."""
         at = 0
         for size in sizes:
             yield buffer[at : at + size]
-            at += self._padded(size)
-
-    def _padded(self, size: int) -> int:
-        return size if self._is_dense else -(-size // _ALIGNMENT) * _ALIGNMENT
+            at += _padded(size)
 
 
-def dense(deliveries: Sequence[Delivery]) -> list[Delivery]:
-    """The deliveries of a bucket in the order of a dense parcel: so every tensor begins at a multiple of its items."""
-    return sorted(deliveries, key=lambda delivery: -DTYPES[delivery.dtype].itemsize)
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _by_bucket(messages: Iterator[Message]) -> dict[int, list[Message]]:

@@ -142,8 +142,6 @@ class PublishPlan:
         bucket_bytes: that an engine rank is sent in one go.
         split_bytes: the least that a slice is cut into.
         with_mtp: whether the engines speculate with the multi-token-prediction layer; without, it is not sent.
-        is_spread: whether copies share in sending; if not, the lowest rank that holds one sends alone, which is best
-            where a stage's lowest rank collects all.
 
     Raises:
         ValueError: all that is wrong with the layouts, or an FP8 block that the trainer's layout cuts.
@@ -159,7 +157,6 @@ class PublishPlan:
         bucket_bytes: int = BUCKET_BYTES,
         split_bytes: int = SPLIT_BYTES,
         with_mtp: bool = True,
-        is_spread: bool = True,
     ) -> None:
         self.placement = placement_of(fields, trainer)
         self.receivers = Receivers(tuple(engines), self.placement.num_experts)
@@ -175,7 +172,7 @@ class PublishPlan:
         if found:
             raise ValueError("\n".join(found))
         self.trainer, self.dtype = trainer, dtype
-        self._limit, self._split, self._is_spread = bucket_bytes, split_bytes, is_spread
+        self._limit, self._split = bucket_bytes, split_bytes
         slots = [slot for slot in slots_of(fields) if not slot.is_copy]
         if not with_mtp:
             slots = [slot for slot in slots if not slot.name.startswith("mtp.")]
@@ -247,7 +244,6 @@ class PublishPlan:
                 line = Line(self._line(indices, shard)[1])
                 if line.nbytes:  # a rank may hold nothing but padding of the vocabulary
                     senders = np.frombuffer(holders, dtype=np.int64) - base
-                    senders = senders if self._is_spread else senders[:1]
                     stretches = deal(loads, senders, self.receivers.of(blocks), line)
                     stretches[:, 0] += base
                     yield Share(bucket.index, shard, tuple(indices), stretches)

@@ -2,15 +2,18 @@
 
 For engines on other processors and nodes. SGLang 0.5.21 takes weights so by broadcast alone, from rank 0 of a group to
 all ranks of an engine, and its scheduler carries out one call at a time. So every engine rank receives every tensor
-whole, also the experts that it does not own, which its loader drops; and several senders could only take turns.
+whole, also the experts that it does not own, which its loader drops; and several senders can only take turns.
 
-Each pipeline stage has one **sender**, its lowest rank, and a group of it and all ranks of all engines: no tensor
-crosses the stages of the trainer. Bucket by bucket (`plan`), the sender collects whole tensors of its stage
-(`exchange`) and broadcasts them in one piece, SGLang's `flattened_bucket`, while rank 0 tells the servers what comes.
-Meanwhile the sender hashes what it sends and, over gloo, the next bucket is collected, in a second buffer.
+Each trainer rank that owns tensors (`spread_plan`) is a **sender**, with a group of it and all ranks of all engines.
+Over gloo all ranks may own some, so that experts leave from where they are trained and all ranks hash. NCCL takes
+device memory of every engine rank for each group: over it the lowest rank of each pipeline stage owns all of its stage.
+
+Turn by turn the owners bring their tensors together (`gathering`), and one after the other broadcasts them, while rank
+0 tells the servers what comes. What an owner holds whole leaves from the memory that it is trained in. Meanwhile each
+hashes what it owns and, over gloo, the next turn is brought together.
 
 **Faults.** A server that fails, or whose ranks vanish, ends its call to rank 0; every rank hears of it before the next
-bucket. Then all leave the groups, and new ones are made at the next attempt. They are also made anew where a server
+broadcast. Then all leave the groups, and new ones are made at the next attempt. They are also made anew where a server
 does not serve what was published last, because it was started again.
 """
 
@@ -25,38 +28,40 @@ import torch
 import torch.distributed as dist
 
 from r1mega.models.hf_fields import HfFields
+from r1mega.models.safetensors_file import DTYPES
 from r1mega.parallel.collectives import gather, share
 from r1mega.parallel.layout import Layout
 from r1mega.parallel.outside import OutsideGroup, address_towards
-from r1mega.types import GroupAddress, Servers, TrainerWeights
-from r1mega.weights.engine_layout import EngineLayout
-from r1mega.weights.exchange import DTYPES, Exchange, Parcel, dense
-from r1mega.weights.plan import PublishPlan
+from r1mega.types import EngineFault, GroupAddress, Servers, TensorShape, TrainerWeights
+from r1mega.weights.gathering import Gathering, Held
 from r1mega.weights.proof import Expectation, PublishProof, publish_twice, speaker
+from r1mega.weights.served import as_reported, served
+from r1mega.weights.spread_plan import SpreadPlan, entries_of
 
 GLOO_SECONDS = 120.0  # of one broadcast (ours): 1 GiB at 9 MB/s
+Given = list[tuple[str, list[tuple[str, torch.Tensor]]]]  # of each tensor of the table what engines are given
 
 
-def sender_of(plan: PublishPlan, bucket: int) -> int:
-    """The trainer rank that broadcasts a bucket: the lowest of the bucket's stage."""
-    return plan.buckets[bucket].stage * plan.trainer.per_stage
-
-
-def exchange_for(
-    fields: HfFields, trainer: Layout, rank: int, device: torch.device, *, dtype: str, bucket_bytes: int
-) -> Exchange:
-    """What a GroupPublisher collects whole tensors with, whatever the engines are."""
-    plan = PublishPlan(
-        fields, trainer, [EngineLayout()], dtype=dtype, bucket_bytes=bucket_bytes, with_mtp=False, is_spread=False
-    )
-    return Exchange(
-        plan,
-        rank,
-        trainer.world_size,
-        device,
-        courier_of=lambda _, bucket: sender_of(plan, bucket),
-        is_dense=True,
-        num_kept=2,
+def plan_for(
+    fields: HfFields,
+    trainer: Layout,
+    proof: PublishProof,
+    *,
+    serves: str,
+    held: str,
+    backend: str,
+    turn_bytes: int,
+) -> SpreadPlan:
+    """Who owns which tensors for a GroupPublisher; arguments as SpreadPlan's."""
+    return SpreadPlan(
+        fields,
+        trainer,
+        serves=serves,
+        held=held,
+        together=proof.together(),
+        turn_bytes=turn_bytes,
+        with_mtp=False,
+        one_owner=backend == "nccl",
     )
 
 
@@ -64,7 +69,7 @@ class GroupPublisher:
     """Broadcasts weights to servers.
 
     Args:
-        exchange: from `exchange_for`.
+        gathering: this rank's part in a plan of `plan_for`.
         servers: on the rank that speaks to them, rank 0 of the group; None on the others.
         proof: what the servers have to report, on every rank.
         group: all ranks, for objects.
@@ -78,7 +83,7 @@ class GroupPublisher:
 
     def __init__(
         self,
-        exchange: Exchange,
+        gathering: Gathering,
         servers: Servers | None,
         proof: PublishProof,
         group: dist.ProcessGroup,
@@ -87,27 +92,21 @@ class GroupPublisher:
         backend: str,
         seconds: float,
     ) -> None:
-        self._exchange, self._servers, self._proof, self._group = exchange, servers, proof, group
+        self._gathering, self._servers, self._proof, self._group = gathering, servers, proof, group
         self._speak = speaker(servers, group)
         self._num_ranks, self._backend, self._seconds = list(num_ranks), backend, seconds
-        plan = exchange.plan
-        self._senders = sorted({sender_of(plan, bucket.index) for bucket in plan.buckets})
-        found = {bucket: dense(deliveries) for bucket, deliveries in plan.delivered_to(0, 0)}
-        rank = dist.get_rank(group)
-        self._mine = {d.name for bucket, part in found.items() if sender_of(plan, bucket) == rank for d in part}
-        absent = sorted(proof.tensors - {delivery.name for part in found.values() for delivery in part})
+        plan = gathering.plan
+        self._senders = sorted({owner for turn in plan.turns for owner in turn})
+        self._mine = plan.tensors_of(gathering.rank)
+        absent = sorted(proof.tensors - {tensor.name for slot in plan.slots for tensor in slot.tensors})
         if absent:
             raise ValueError(f"publish: the servers hold parameters of {', '.join(absent[:4])}, which are not sent")
-        self._announced = {
-            bucket: [(d.name, str(DTYPES[d.dtype]).removeprefix("torch."), d.shape) for d in part]
-            for bucket, part in found.items()
-        }
         self._outside: OutsideGroup | None = None  # of a sender
         self._names: list[str] = []  # of the groups, by sender; none while there are no groups
         self._published: int | None = None
-        self._aside = ThreadPoolExecutor(2)  # speaks to the servers, and hashes, while tensors move
+        self._telling, self._hashing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)  # while tensors move
         self._call: Future[None] | None = None
-        self._hashed: Future[None] | None = None
+        self._hashed: list[Future[None]] = []  # of each turn
 
     def publish(self, weights: TrainerWeights, version: int) -> None:
         """Bring the weights to every server. Collective.
@@ -119,7 +118,10 @@ class GroupPublisher:
     def _once(self, weights: TrainerWeights, version: int) -> list[str]:
         """What went wrong, the same on every rank."""
         expected = self._proof.expect(version, tensors=self._mine)
-        faults = self._speak(lambda servers: servers.begin_update()) or self._meet() or self._send(weights, expected)
+        held = self._gathering.held(weights.shards())
+        faults = self._speak(lambda servers: servers.begin_update()) or self._meet() or self._send(held, expected)
+        for hashed in self._hashed:
+            hashed.result()
         if faults:
             self._part()
             return faults
@@ -127,46 +129,75 @@ class GroupPublisher:
         self._published = None if faults else version
         if faults or not self._proof.share:
             return faults
-        digests: dict[int, dict[str, str]] = {}
-        for part in gather(expected.results(), self._group):
-            for rank, found in part.items():
-                digests.setdefault(rank, {}).update(found)
+        digests = self._proof.merged(gather(expected.results(), self._group), version)
         return self._speak(lambda servers: self._proof.faults(digests, servers.checksums()))
 
-    def _send(self, weights: TrainerWeights, expected: Expectation) -> list[str]:
-        """Every bucket: collected while the one before is under way."""
-        for bucket, parcels in enumerate(self._exchange.buckets(weights.shards())):
-            faults = self._finish()
-            if faults:
-                return faults
-            self._start(bucket, parcels, expected)
-            if self._backend == "nccl":
-                # A broadcast that hangs would hold up what comes after it on the device, and nobody could end it.
-                faults = self._finish()
+    def _send(self, held: Held, expected: Expectation) -> list[str]:
+        """Every turn: brought together while the broadcasts of the one before are under way."""
+        self._hashed = []
+        for turn, owners in enumerate(self._gathering.plan.turns):
+            if turn > 1:
+                self._hashed[turn - 2].result()  # its memory is used again
+            parts = self._gathering.exchange(turn, held)
+            given, fault = self._given(turn, parts)
+            self._hashed.append(self._hashing.submit(_hash, expected, given))
+            for sender in owners:
+                faults = self._finish(fault)
                 if faults:
                     return faults
+                self._start(turn, sender, given)
+                if self._backend == "nccl":
+                    # A broadcast that hangs would hold up what comes after it on the device: nobody could end it.
+                    faults = self._finish()
+                    if faults:
+                        return faults
         return self._finish()
 
-    def _start(self, bucket: int, parcels: Sequence[Parcel], expected: Expectation) -> None:
-        if self._servers is not None:
-            name = self._names[self._senders.index(sender_of(self._exchange.plan, bucket))]
-            self._call = self._aside.submit(self._servers.update_from_group, name, self._announced[bucket])
-        for parcel in parcels:  # one, of the sender
-            assert self._outside is not None
-            self._outside.send(parcel.buffer)
-            self._hashed = self._aside.submit(_hash, expected, parcel)
+    def _given(self, turn: int, parts: Held) -> tuple[Given, str | None]:
+        """What this rank sends in a turn, and what is wrong with it."""
+        try:
+            return [
+                (tensor.name, served(slot, tensor, value, self._gathering.plan.serves))
+                for slot, wholes in self._gathering.tensors(turn, parts)
+                for tensor, value in wholes
+            ], None
+        except ValueError as error:
+            return [], str(error)
 
-    def _finish(self) -> list[str]:
-        """Wait until the servers have what was sent last."""
+    def _start(self, turn: int, sender: int, given: Given) -> None:
+        if self._servers is not None:
+            name = self._names[self._senders.index(sender)]
+            announced = self._announced(turn, sender)
+            self._call = self._telling.submit(self._servers.update_from_group, name, announced)
+        if sender == self._gathering.rank:
+            assert self._outside is not None
+            self._outside.send([tensor for _, pairs in given for _, tensor in pairs])
+
+    def _announced(self, turn: int, sender: int) -> list[TensorShape]:
+        """What a sender broadcasts in a turn, one after the other."""
+        plan = self._gathering.plan
+        slots = [plan.slots[job.number] for job in plan.turns[turn][sender]]
+        return [
+            (name, str(DTYPES[dtype]).removeprefix("torch."), shape)
+            for slot in slots
+            for tensor in slot.tensors
+            for name, dtype, shape in entries_of(slot, tensor, plan.serves)
+        ]
+
+    def _finish(self, fault: str | None = None) -> list[str]:
+        """Wait until the servers have what was sent last. `fault`: of this rank, which all then hear of."""
         call, self._call = self._call, None
-        faults = self._speak(lambda _: call.result() if call else None)
+        found = [] if fault is None else [fault]
+        try:
+            if call is not None:
+                call.result()
+        except EngineFault as error:
+            found.append(str(error))
+        faults = [fault for part in gather(found, self._group) for fault in part]
         if self._outside is not None and faults:
             self._outside.close()  # the broadcast may hang, and keep the other servers waiting
         elif self._outside is not None:
             self._outside.wait()
-        if self._hashed is not None:
-            self._hashed.result()
-            self._hashed = None
         return faults
 
     def _meet(self) -> list[str]:
@@ -189,7 +220,7 @@ class GroupPublisher:
         first = [1 + sum(self._num_ranks[:i]) for i in range(len(self._num_ranks))]
         for sender, name in zip(self._senders, names, strict=True):
             address = GroupAddress(name, *hosts[sender], size, self._backend)
-            call = self._aside.submit(self._servers.join_group, address, first) if self._servers is not None else None
+            call = self._telling.submit(self._servers.join_group, address, first) if self._servers is not None else None
             late = self._wait_for_others() if rank == sender else []
             told = self._speak(lambda _, call=call: call.result() if call else None)
             faults = told + [fault for part in gather(late, self._group) for fault in part]
@@ -220,6 +251,7 @@ class GroupPublisher:
             self._servers.leave_groups(names)
 
 
-def _hash(expected: Expectation, parcel: Parcel) -> None:
-    for name, tensor in parcel.tensors.items():
-        expected.add(name, tensor)
+def _hash(expected: Expectation, given: Given) -> None:
+    for name, pairs in given:
+        if expected.wants(name):
+            expected.add(name, as_reported(pairs))

@@ -52,16 +52,22 @@ class Rank:
         self.updates += 1
         if self.updates == self.dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        empty = [(key, torch.empty(shape, dtype=getattr(torch, dtype))) for key, dtype, shape in tensors]
-        flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in empty])
-        dist.broadcast(flat, src=0, group=self.groups[name])
+        found = {key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, dtype, shape in tensors}
+        handles = [
+            # gloo knows no FP8, of which NCCL moves bytes.
+            dist.broadcast(
+                tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor,
+                src=0,
+                group=self.groups[name],
+                async_op=True,
+            )
+            for tensor in found.values()
+        ]
+        for handle in handles:
+            handle.wait()
         if self.updates == self.flips_at:
-            flat[5] ^= 1
-        at = 0
-        for key, tensor in empty:
-            part = flat[at : at + tensor.nbytes]
-            self.tensors[key] = part.view(tensor.dtype).reshape(tensor.shape)
-            at += tensor.nbytes
+            next(iter(found.values())).view(-1).view(torch.uint8)[5] ^= 1
+        self.tensors |= found
 
     def leave(self, name: str) -> None:
         dist.destroy_process_group(self.groups.pop(name))
@@ -164,6 +170,7 @@ class EngineProcesses:
 
     def checksums(self) -> list[dict[str, Any]]:
         """Of what was received, as SGLang would report them."""
+        from r1mega.models.fp8_blocks import SCALE_SUFFIX, dequantize
         from r1mega.weights.checksums import ExpectedChecksums
         from r1mega.weights.engine_params import EngineBuild, engine_params
 
@@ -174,7 +181,10 @@ class EngineProcesses:
                 params = engine_params(self._fields, layout, rank, EngineBuild(device="cpu"))
                 hashes = ExpectedChecksums(params, dtype=self._dtype, device="cpu")
                 for name, tensor in tensors.items():
-                    hashes.add(name, tensor)
+                    scale = tensors.get(name + SCALE_SUFFIX)
+                    if not name.endswith(SCALE_SUFFIX):
+                        # Of FP8 blocks SGLang hashes the weights that they stand for.
+                        hashes.add(name, tensor if scale is None else dequantize(tensor, scale))
                 info = [{"role": "target", "rank": rank}]
                 entries.append({"parallelism_info": info, "checksums": hashes.result()})
             answers.append({"success": True, "ranks": entries})

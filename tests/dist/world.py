@@ -22,7 +22,9 @@ parser.add_argument("--choices", type=Path, help="experts to replay, as the case
 parser.add_argument("--engines", nargs="*", help="of a publish, as EngineLayout.parse takes them")
 parser.add_argument("--publish", default="fp32", help="the dtype of a publish")
 parser.add_argument("--bucket-bytes", type=int, default=1 << 20)
+parser.add_argument("--one-owner", action="store_true", help="in each stage, as over NCCL")
 parser.add_argument("--kill", action="store_true", help="an engine, in mid-publish")
+parser.add_argument("--diverge", action="store_true", help="a weight that FP8 cannot hold")
 parser.add_argument("--flip", action="store_true", help="one bit of a weight, in mid-publish")
 args = parser.parse_args()
 layout = Layout.parse(args.layout)
@@ -261,24 +263,30 @@ def broadcast() -> None:
     """Three publishes over groups with engine processes: what each rank received, and how often groups were made.
 
     Before the second one an engine is started again; with --kill, one dies in the middle of the first; with --flip, one
-    bit of it is another one.
+    bit of it is another one. With --diverge, what every rank hears of one publish.
     """
     import sys
 
     sys.path.insert(0, str(Path(__file__).parent))
     from engine_ranks import EngineProcesses
 
+    from r1mega.parallel.collectives import gather
     from r1mega.weights.engine_layout import EngineLayout
-    from r1mega.weights.process_group import GroupPublisher, exchange_for
+    from r1mega.weights.gathering import Gathering
+    from r1mega.weights.process_group import GroupPublisher, plan_for
     from r1mega.weights.proof import PublishProof, build_of
 
     policy.load(CheckpointReader(args.hf))
     engines = [EngineLayout.parse(text) for text in args.engines]
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.publish]
+    dtype = torch.float32 if args.publish == "fp32" else torch.bfloat16
     proof = PublishProof(fields, engines[0], build_of("cpu", ()), dtype, 1.0)
     servers = EngineProcesses(fields, engines, dtype, args.out.parent) if world.rank == 0 else None
+    plan = plan_for(
+        fields, layout, proof, serves=args.publish, held=HELD[args.dtype], backend="nccl" if args.one_owner else "gloo",
+        turn_bytes=args.bucket_bytes,
+    )  # fmt: skip
     publisher = GroupPublisher(
-        exchange_for(fields, layout, world.rank, world.device, dtype=args.publish, bucket_bytes=args.bucket_bytes),
+        Gathering(plan, world.rank, world.device),
         servers,
         proof,
         world.control,
@@ -290,6 +298,12 @@ def broadcast() -> None:
         servers.die_at(len(engines) - 1, update=3)
     if servers is not None and args.flip:
         servers.flip_at(0, update=3)
+    if args.diverge:
+        heard = gather(diverged(publisher), world.control)
+        if servers is not None:
+            save({"heard": heard})
+            servers.end()
+        return
     publisher.publish(policy, 1)
     if servers is not None and not (args.kill or args.flip):
         servers.restart(0)
@@ -298,6 +312,20 @@ def broadcast() -> None:
     if servers is not None:
         save({"joins": servers.joins, "updates": servers.updates, "received": servers.received()})
         servers.end()
+
+
+def diverged(publisher) -> str:
+    """What a rank hears of a publish of weights that are no numbers."""
+    from r1mega.weights.proof import PublishError
+
+    for slot, _, parameter in policy.shards():
+        if slot.tensors[0].name == "model.layers.3.mlp.down_proj.weight":
+            parameter.detach().fill_(float("nan"))
+    try:
+        publisher.publish(policy, 1)
+    except PublishError as error:
+        return str(error)
+    return ""
 
 
 def spread_plan(together=()):

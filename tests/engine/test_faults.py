@@ -34,8 +34,9 @@ from r1mega.types import Completion, FinishReason, Prompt, Request, Sample, Samp
 from r1mega.weights import spread
 from r1mega.weights.disk import DiskPublisher
 from r1mega.weights.engine_layout import EngineLayout
+from r1mega.weights.gathering import Gathering
 from r1mega.weights.probe import PublishProbe
-from r1mega.weights.process_group import GroupPublisher, exchange_for
+from r1mega.weights.process_group import GroupPublisher, plan_for
 from r1mega.weights.proof import PublishError, PublishProof, build_of, publish_twice
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -169,8 +170,9 @@ def test_a_server_is_lost_while_weights_come_over_gloo(fleet: Servers, client, q
     """Between two buckets: the other server is not kept waiting, and both have the weights at the second attempt."""
     fields, engine = hf_fields.read(qwen2[0]), fleet.engines[1]
     proof = PublishProof(fields, EngineLayout(), build_of(DEVICE, ()), torch.float32, 1.0)
-    exchange = exchange_for(fields, Layout(), 0, torch.device("cpu"), dtype="fp32", bucket_bytes=60_000)
-    sending = GroupPublisher(exchange, client, proof, alone, num_ranks=[1, 1], backend="gloo", seconds=200)
+    plan = plan_for(fields, Layout(), proof, serves="fp32", held="fp32", backend="gloo", turn_bytes=60_000)
+    gathering = Gathering(plan, 0, torch.device("cpu"))
+    sending = GroupPublisher(gathering, client, proof, alone, num_ranks=[1, 1], backend="gloo", seconds=200)
     sending.publish(exporting(qwen2[0]), 1)
     starts, calls, update = engine.starts, [], client.update_from_group
 

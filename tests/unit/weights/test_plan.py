@@ -32,11 +32,11 @@ MOST_OVER_MEAN = 1.2  # of a sender against the ranks of its stage: the requirem
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases(), LIMITS, st.sampled_from([1, 100, 1 << 20]), st.sampled_from(["bf16", "fp32"]), st.booleans())
-def test_every_element_comes_exactly_once_from_a_rank_that_holds_it(case, limit, split, dtype, is_spread):
+@given(cases(), LIMITS, st.sampled_from([1, 100, 1 << 20]), st.sampled_from(["bf16", "fp32"]))
+def test_every_element_comes_exactly_once_from_a_rank_that_holds_it(case, limit, split, dtype):
     fields, trainer, engines = case
     options = {"dtype": dtype, "bucket_bytes": limit, "split_bytes": split}
-    plan = PublishPlan(fields, trainer, engines, is_spread=is_spread, **options)
+    plan = PublishPlan(fields, trainer, engines, **options)
     coded = Coded(fields, trainer)
     sent = [message for rank in range(trainer.world_size) for message in plan.sends_of(rank)]
     received = []
@@ -53,12 +53,6 @@ def test_every_element_comes_exactly_once_from_a_rank_that_holds_it(case, limit,
         assert by_place[message.bucket, message.sender, message.engine, message.rank, message.part] == message
         single = len(message.transfers) == 1 and message.transfers[0].shape[0] == 1
         assert message.nbytes <= limit or single
-
-
-def test_the_lowest_copy_sends_alone_where_the_plan_is_not_spread():
-    trainer = Layout.parse("tp=2,dp=4")
-    plan = PublishPlan(fields_of("qwen2", layers=2), trainer, [EngineLayout()], split_bytes=1, is_spread=False)
-    assert [rank for rank in range(8) if list(plan.sends_of(rank))] == [0, 1]
 
 
 @settings(max_examples=60, deadline=None)
