@@ -2,9 +2,11 @@
 
     python -m benchmarks.publish --gigabytes 1 --rounds 5 --json publish.json
 
-Two trainer ranks hold a deepseek_v3 model of random numbers in BF16, its experts in two halves (ep=2). Each round
-takes, one after the other and every other round in the opposite order, so that what changes on the machine changes for
-all (memory that a file freed just before is written faster; files that are of no more use are removed in between):
+Two trainer ranks hold a deepseek_v3 model of random numbers in BF16, its experts in two halves (ep=2), so that every
+tensor is whole on some rank. `--layout tp=2,etp=2` cuts every matrix instead, and half of each comes from the other
+rank first. Each round takes, one after the other and every other round in the opposite order, so that what changes on
+the machine changes for all (memory that a file freed just before is written faster; files that are of no more use are
+removed in between):
 
 broadcast   rank 0 broadcasts as many bytes as the model has, in buckets, over gloo
 receivers   rank 0 broadcasts the same to two processes beside the trainer, as the two ranks of an engine are
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="r1mega-publish-", dir=options.dir) as folder:
         out = Path(folder) / "seconds.json"
         argv = [sys.executable, "-m", "benchmarks.publish", "--gigabytes", str(options.gigabytes), "--rounds"]
-        argv += [str(options.rounds), "--dir", folder, "--json", str(out)]
+        argv += [str(options.rounds), "--dir", folder, "--json", str(out), "--layout", options.layout]
         argv += ["--only", *options.only]
         environment = local.worker_env("cpu", 1)
         result = supervise.run_world(argv, RANKS, log_dir=Path(folder) / "logs", env=environment)
@@ -66,6 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the model in BF16 (default 1)")
     parser.add_argument("--rounds", type=int, default=5, help="(default 5)")
+    parser.add_argument("--layout", default="dp=2,ep=2", help="of the two trainer ranks (default dp=2,ep=2)")
     ways = [way for way, _ in PAIRS]
     parser.add_argument("--only", nargs="*", choices=ways, default=ways, help="publishes to measure (default: all)")
     parser.add_argument("--dir", type=Path, help="where files go; a file system without reflinks (default: TMPDIR)")
@@ -77,7 +80,7 @@ def measure(options: argparse.Namespace) -> None:
     """One rank: every round's seconds by name, written by rank 0."""
     from benchmarks.publish_ways import Ways
 
-    ways = Ways(options.gigabytes, options.dir, RANKS, BUCKET_BYTES)
+    ways = Ways(options.gigabytes, options.dir, options.layout, RANKS, BUCKET_BYTES)
     rounds, wanted = [], {name for pair in PAIRS if pair[0] in options.only for name in pair}
     for number in range(options.rounds + 1):  # the first one warms up
         turn = [(name, way) for name, way in ways.all().items() if name in wanted]

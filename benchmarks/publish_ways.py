@@ -139,10 +139,10 @@ class Hashing(PublishProof):
 
 
 class Ways:
-    """A rank of the world that RANK and WORLD_SIZE name, with its half of the experts and all the rest."""
+    """A rank of the world that RANK and WORLD_SIZE name, with its part of the model in a layout of `num_ranks`."""
 
-    def __init__(self, gigabytes: float, folder: Path, num_ranks: int, bucket_bytes: int) -> None:
-        layout = Layout.of(tp=1, cp=1, pp=1, vpp=1, ep=num_ranks, etp=1, dp=num_ranks, stages=None)
+    def __init__(self, gigabytes: float, folder: Path, trainer: str, num_ranks: int, bucket_bytes: int) -> None:
+        layout = Layout.parse(trainer)
         world = groups.initialize(layout, "cpu", seed=0, timeout_minutes=10)
         # Megatron may be imported only now: the device bridge is laid.
         from r1mega.models.build import build_chunks

@@ -33,7 +33,7 @@ from r1mega.parallel.collectives import gather, share
 from r1mega.parallel.layout import Layout
 from r1mega.parallel.outside import OutsideGroup, address_towards
 from r1mega.types import EngineFault, GroupAddress, Servers, TensorShape, TrainerWeights
-from r1mega.weights.gathering import Gathering, Held
+from r1mega.weights.gathering import Gathering, Held, Wholes
 from r1mega.weights.proof import Expectation, PublishProof, publish_twice, speaker
 from r1mega.weights.served import as_reported, served
 from r1mega.weights.spread_plan import SpreadPlan, entries_of
@@ -138,8 +138,7 @@ class GroupPublisher:
         for turn, owners in enumerate(self._gathering.plan.turns):
             if turn > 1:
                 self._hashed[turn - 2].result()  # its memory is used again
-            parts = self._gathering.exchange(turn, held)
-            given, fault = self._given(turn, parts)
+            given, fault = self._given(self._gathering.exchange(turn, held))
             self._hashed.append(self._hashing.submit(_hash, expected, given))
             for sender in owners:
                 faults = self._finish(fault)
@@ -153,13 +152,15 @@ class GroupPublisher:
                         return faults
         return self._finish()
 
-    def _given(self, turn: int, parts: Held) -> tuple[Given, str | None]:
+    def _given(self, wholes: Wholes) -> tuple[Given, str | None]:
         """What this rank sends in a turn, and what is wrong with it."""
+        plan = self._gathering.plan
         try:
             return [
-                (tensor.name, served(slot, tensor, value, self._gathering.plan.serves))
-                for slot, wholes in self._gathering.tensors(turn, parts)
-                for tensor, value in wholes
+                (tensor.name, served(slot, tensor, value, plan.serves))
+                for number, values in wholes.items()
+                for slot in [plan.slots[number]]
+                for tensor, value in zip(slot.tensors, values, strict=True)
             ], None
         except ValueError as error:
             return [], str(error)

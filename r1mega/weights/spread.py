@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 
 from r1mega.config.checkpoint_files import TOKENIZER_FILES
+from r1mega.models.param_map import Slot
 from r1mega.models.safetensors_file import Stored, preallocate, write_bytes
 from r1mega.parallel.collectives import gather, share
-from r1mega.weights.gathering import Gathering, Held, Room, Shards, aligned
+from r1mega.weights.gathering import Gathering, Room, Shards, Wholes, aligned
 from r1mega.weights.proof import Expectation
 from r1mega.weights.served import as_reported, served
-from r1mega.weights.spread_plan import Job, entries_of
+from r1mega.weights.spread_plan import entries_of
 from r1mega.weights.write_plan import WeightFile, WritePlan
 
 _WRITE_BYTES = 1 << 22  # at once, into a file that has room set aside
@@ -143,9 +144,9 @@ class SpreadWriter:
             half = self._halves[turn % 2]
             if half.written is not None and self._whole is None:
                 half.written.wait()
-            parts = self._gathering.exchange(turn, held)
+            wholes = self._gathering.exchange(turn, held)
             try:
-                for name, tensor in self._tensors(turn, half, parts, expected):
+                for name, tensor in self._tensors(wholes, half, expected):
                     place = self._places[name]
                     self._hand.do(partial(self.put, self._part / place.file, place, tensor))
             except ValueError as error:  # the others are still in need of this rank
@@ -175,23 +176,22 @@ class SpreadWriter:
         """Write one tensor where it belongs."""
         write_bytes(path, place.at, tensor, _WRITE_BYTES)
 
-    def _tensors(
-        self, turn: int, half: _Half, parts: Held, expected: Expectation | None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def _tensors(self, wholes: Wholes, half: _Half, expected: Expectation | None) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor on the host) of all that this rank writes in a turn."""
         if self._copies and self._whole is None:
-            names = [name for job in self.plan.turns[turn].get(self.rank, ()) for name in self._names(job)]
+            names = [name for number in wholes for name in self._names(self.plan.slots[number])]
             half.staged.begin(sum(aligned(self._places[name].nbytes) for name in names))
-        for slot, wholes in self._gathering.tensors(turn, parts):
-            for tensor, value in (*wholes, *((alias, wholes[0][1]) for alias in slot.aliases)):
+        for number, values in wholes.items():
+            slot = self.plan.slots[number]
+            pairs = [*zip(slot.tensors, values, strict=True), *((alias, values[0]) for alias in slot.aliases)]
+            for tensor, value in pairs:
                 given = served(slot, tensor, value, self.plan.serves)
                 if expected is not None and expected.wants(tensor.name):
                     expected.add(tensor.name, as_reported(given))
                 for name, one in given:
                     yield name, self._on_host(one, half)
 
-    def _names(self, job: Job) -> Iterator[str]:
-        slot = self.plan.slots[job.number]
+    def _names(self, slot: Slot) -> Iterator[str]:
         for tensor in (*slot.tensors, *slot.aliases):
             yield from (name for name, _, _ in entries_of(slot, tensor, self.plan.serves))
 
