@@ -10,6 +10,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .ONESHELL:
+# Both environments are made at the same time.
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += --jobs=2
+endif
 
 SEED ?= 0
 DEVICE ?= cpu
@@ -37,7 +41,7 @@ STAMP := $(VENV)/.stamp
 endif
 R1MEGA := $(PY) -m r1mega.cli
 
-.PHONY: demo test lint venv sglang-cpu slurm-test-env sandbox snapshots clean
+.PHONY: demo test lint venv sglang-cpu slurm-test-env sandbox system-packages snapshots clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -107,12 +111,17 @@ sandbox:
 	    fi
 	fi
 
+# One after the other: two cannot run apt-get at once.
+system-packages:
+	@$(MAKE) --no-print-directory slurm-test-env
+	$(MAKE) --no-print-directory sandbox
+
 # Three tests at a time, since many wait for other processes, each file's one after another (tests/conftest.py), what takes
 # longest first. Then those with a real Slurm, which mostly wait, beside those with real servers, whose processes need both
 # cores: trainer and servers wait for each other in every step.
 TEST_FOLDERS := $(addprefix tests/,e2e dist parity gpu unit config)
 
-test: lint sglang-cpu slurm-test-env sandbox
+test: lint sglang-cpu system-packages
 	@failed=0
 	export OMP_NUM_THREADS=1 R1MEGA_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python"
 	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TEST_FOLDERS) || failed=1

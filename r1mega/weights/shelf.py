@@ -105,10 +105,13 @@ class Shelf:
         os.replace(link, self._newest)
 
     def drop_others(self, *versions: int) -> None:
-        """Remove all versions but these, one of which every server must have loaded."""
-        kept = [self.path(version) for version in versions]
+        """Remove all versions before the last of these but for these, one of which every server must have loaded.
+
+        With what was begun of them. A later version, or the last of these once more, may be in the making.
+        """
         for path in self.folder.glob("version-*"):
-            if path not in kept:
+            version = int(path.name.removeprefix("version-").partition(".")[0])
+            if version < max(versions) and (version not in versions or path.suffix):
                 shutil.rmtree(path)
 
 
