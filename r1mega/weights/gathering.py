@@ -151,9 +151,10 @@ class Gathering:
             for job in jobs:
                 slot = self.plan.slots[job.number]
                 for shard, source in enumerate(job.sources):
-                    is_view = owner == source and self._is_whole(slot, len(job.sources))
-                    if is_view or self.rank not in (owner, source):
+                    if self.rank not in (owner, source):
                         continue
+                    if owner == source and self._is_whole(slot, len(job.sources)):
+                        continue  # a view of the shard
                     pieces = [
                         _Piece(job.number, slot, shard, piece)
                         for piece in _slices_of(slot.op, _shapes(slot), shard, len(job.sources))
