@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from parity import cells
+from parity import cells, stand_ins
 from parity.breaks import NAMES as BREAKS
 
 
@@ -87,7 +87,7 @@ def run_worlds(args: argparse.Namespace, planned: list[dict], work: Path) -> lis
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     print("making checkpoints and references", flush=True)
     shapes = cells.prepare(work, args.families)
-    reasons = [cells.refusals(cell, shapes, args.layer_spec) for cell in planned]
+    reasons = [cells.refusals(cell, shapes, args.layer_spec, args.device) for cell in planned]
     refused = [cell | {"refused": why} for cell, why in zip(planned, reasons, strict=True) if why]
     for cell in refused:
         print(f"{cells.title(cell)} refused: {cell['refused'][0]}", flush=True)
@@ -112,6 +112,8 @@ def run_rank(args: argparse.Namespace) -> int:
 
     from r1mega.parallel import groups
 
+    if args.device == "cpu":
+        stand_ins.install()
     for cell in json.loads((args.work / "cells.json").read_text()):
         run_cell(args, cell)
         groups.release()

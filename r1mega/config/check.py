@@ -11,6 +11,7 @@ from pathlib import Path
 from r1mega.config.check_benchmark import BENCHMARK_BOUNDS, check_benchmark
 from r1mega.config.check_cluster import check_cluster
 from r1mega.config.check_curate import CURATE_BOUNDS, check_curate
+from r1mega.config.check_dispatcher import check_dispatcher
 from r1mega.config.check_engines import check_engines
 from r1mega.config.check_memory import check_memory
 from r1mega.config.check_pipeline import check_pipeline
@@ -269,6 +270,7 @@ def _check_gpu_only(config: Config, here: bool) -> Iterator[Fault]:
             yield Fault(field, value, "needs a GPU (device=cuda)", f"take {field} back to its default")
         elif is_on and here and _is_absent(config, package):
             yield Fault(field, value, f"{package} is not installed", f"install it, or take {field} back to its default")
+    yield from check_dispatcher(config)
     yield from _check_fp8(config)
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         constraint = "parameters are gathered by the buckets gradients are reduced in"

@@ -9,10 +9,13 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from r1mega.config.choices import DeviceType, LayerSpec
+from r1mega.config.choices import DeviceType, Dispatcher, LayerSpec
 from r1mega.config.faults import Fault
 from r1mega.config.schema import Config
 
+# Megatron-Core 0.16.1 asks it for `deep_ep.utils.EventOverlap`, which 2 no longer has, and then takes it for absent.
+_DEEP_EP = Requirement("deep_ep<2")
+DEEP_EP_INSTALL = "pip install --no-build-isolation git+https://github.com/deepseek-ai/DeepEP@v1.2.1"
 # What TE is made of: its parts check each other when they are imported, on every rank and after the allocation.
 _TE_PARTS = ("transformer-engine-torch", "transformer-engine-cu12", "transformer-engine-cu13")
 
@@ -44,6 +47,9 @@ def check_versions(
     torch = version_of("torch")
     if config.device.type is DeviceType.cuda and torch is not None and torch.endswith("+cpu"):
         yield Fault("device.type", f"cuda with torch {torch}", "is torch's CPU build", "install a CUDA build of torch")
+    if config.parallel.dispatcher is Dispatcher.flex:
+        found = version_of("deep_ep")
+        yield from _outside("parallel.dispatcher", "deep_ep", found, _DEEP_EP, "megatron-core 0.16.1", DEEP_EP_INSTALL)
     engine = version_of("transformer-engine")
     if config.device.layer_spec is not LayerSpec.te or engine is None:
         return
@@ -68,7 +74,9 @@ def _needed(requirements: Sequence[str], package: str) -> Requirement | None:
     return next((one for one in found if one.name == package and one.specifier), None)
 
 
-def _outside(field: str, package: str, version: str | None, wanted: Requirement | None, whose: str) -> Iterator[Fault]:
+def _outside(
+    field: str, package: str, version: str | None, wanted: Requirement | None, whose: str, remedy: str | None = None
+) -> Iterator[Fault]:
     if version is None or wanted is None:
         return
     try:
@@ -77,4 +85,4 @@ def _outside(field: str, package: str, version: str | None, wanted: Requirement 
         is_inside = False
     if not is_inside:
         constraint = f"{whose} is made for {package} {wanted.specifier}"
-        yield Fault(field, f"{package} {version}", constraint, f"install '{package}{wanted.specifier}'")
+        yield Fault(field, f"{package} {version}", constraint, remedy or f"install '{package}{wanted.specifier}'")

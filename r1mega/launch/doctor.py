@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from r1mega.config.check_versions import DEEP_EP_INSTALL
 from r1mega.config.schema_rollout import SglangConfig
 from r1mega.launch.machine import Machine
 from r1mega.launch.pins import APEX_INSTALL, PINNED
@@ -130,8 +131,8 @@ def _gpu(machine: Machine) -> Iterator[Piece]:
     install = "pip install --no-build-isolation flash-attn"
     yield _piece("flash-attn", flash, "any that Transformer Engine takes", True, False, costs, install)
     deep_ep = machine.version("deep_ep") or (str(machine.module("deep_ep")) if machine.module("deep_ep") else None)
-    install = "pip install --no-build-isolation git+https://github.com/deepseek-ai/DeepEP   # wants NVSHMEM and nvcc"
-    yield _piece("deep_ep", deep_ep, "any", True, False, "parallel.dispatcher=flex", install)
+    install, is_well = f"{DEEP_EP_INSTALL}   # wants NVSHMEM and nvcc", not (deep_ep or "").startswith("2")
+    yield _piece("deep_ep", deep_ep, "1.2, not 2", is_well, False, "parallel.dispatcher=flex", install)
 
 
 def _apex(machine: Machine) -> Piece:

@@ -17,7 +17,10 @@ from parity.nursery import Nursery
 from r1mega.launch import supervise
 
 TOOL = Path(parity_matrix.__file__).resolve()
-LEVERS = {"recompute", "overlap_grad_reduce", "overlap_param_gather", "logprob_chunk_tokens", "params_dtype"}
+LEVERS = {
+    "recompute", "overlap_grad_reduce", "overlap_param_gather", "logprob_chunk_tokens", "params_dtype", "dispatcher",
+    "fuse_weight_gradients",
+}  # fmt: skip
 
 
 def matrix(*options: object, timeout: float = 290) -> subprocess.CompletedProcess[str]:
@@ -140,6 +143,19 @@ def test_a_wrong_norm_of_the_gradient_turns_a_cell_red(broken):
     assert not cells.is_green(cell)
     assert cell["max_rel_grad_diff"] < 1e-5 and cell["max_rel_norm_diff"] > 10 * cells.MAX_NORM_DIFF
     assert cell["max_rel_weight_diff"] < cells.MAX_WEIGHT_DIFF
+
+
+def test_what_stands_in_for_kernels_is_called(nursery, tmp_path, monkeypatch):
+    """A mistake in it turns the cell red that needs it."""
+    needing = tuple(lever for lever in cells.CORE_LEVERS if "dispatcher" in lever[2])
+    monkeypatch.setattr(cells, "LEVERS_OF", {"core": needing})
+    names, family = ("lost_weights", "added_twice"), "deepseek_v3_mtp"
+    options = ("--core", "--levers", "only", "--families", family, "--break", *names)
+    exit_code, found = measured(nursery, tmp_path / "cells.json", *options)
+    assert exit_code == 1 and len(found) == 2
+    worst = {cell["broken"]: cell for cell in found}
+    assert all(cell["max_rel_grad_diff"] > 0.1 for cell in worst.values())
+    assert ".mlp.gate." in worst["lost_weights"]["worst_tensor"]
 
 
 def test_experts_replayed_a_token_late_turn_a_cell_red(tmp_path):

@@ -2,7 +2,9 @@
 
 `layernorm_reduction`, `expert_reduction` and `down_projection` are faults of Megatron-Core 0.16.1 that r1mega mends, or
 reductions it relies on; `counted_twice` is Transformer Engine's, and shows in the weights alone, as the gradient's norm
-is wrong; `gate_up` is a wrong row of the parameter table; `late_choice` replays experts a token late.
+is wrong; `gate_up` is a wrong row of the parameter table; `late_choice` replays experts a token late. Of what stands in
+for DeepEP's and apex's kernels, `lost_weights` brings back no gradient of the experts' weights, and `added_twice` adds
+a weight's gradient twice.
 """
 
 from __future__ import annotations
@@ -113,7 +115,36 @@ def _counted_twice() -> list:
     return [(shard, "_mark", original)]
 
 
+def _lost_weights() -> list:
+    """Add up what experts return of a token, and leave out what belongs to their weights."""
+    from parity.stand_ins.deep_ep import Buffer
+
+    combine = Buffer.combine
+
+    def without_weights(self, x, handle, topk_weights=None, **when):
+        combined, weights, event = combine(self, x, handle, topk_weights, **when)
+        return combined, None if weights is None else weights * 0, event
+
+    Buffer.combine = without_weights
+    return [(Buffer, "combine", combine)]
+
+
+def _added_twice() -> list:
+    """Add the gradient of a weight to its sum, and once more."""
+    module = importlib.import_module("fused_weight_gradient_mlp_cuda")
+    original = module.wgrad_gemm_accum_fp32
+
+    def twice(*tensors) -> None:
+        original(*tensors)
+        original(*tensors)
+
+    module.wgrad_gemm_accum_fp32 = twice
+    return [(module, "wgrad_gemm_accum_fp32", original)]
+
+
 _BREAKS = {
+    "added_twice": _added_twice,
+    "lost_weights": _lost_weights,
     "counted_twice": _counted_twice,
     "late_choice": _late_choice,
     "gate_up": _gate_up,

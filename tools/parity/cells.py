@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ CORE_LEVERS: tuple[Lever, ...] = (
     # Not of experts: where two of them score alike, rounding picks either, and the outputs differ as they please.
     ("llama", "tp=2", {"params_dtype": "bfloat16"}),
     ("qwen2", "pp=2,dp=2", {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    # Of Megatron's own code around kernels of DeepEP and apex (see `stand_ins`).
+    ("deepseek_v3_mtp", "tp=2,ep=2", {"dispatcher": "flex", "fuse_weight_gradients": True}),
 )
 LEVERS: tuple[Lever, ...] = (
     *CORE_LEVERS,
@@ -71,6 +74,12 @@ LEVERS: tuple[Lever, ...] = (
     ("deepseek_v3_replay", "tp=2", {"recompute": "full", "recompute_num_layers": 1}),
     ("llama", "pp=2", {"recompute": "full", "recompute_num_layers": 2}),
     ("deepseek_v3", "tp=2,dp=2", {"overlap_grad_reduce": True}),
+    ("qwen2", "tp=2,pp=2", {"fuse_weight_gradients": True}),
+    ("llama", "cp=2,dp=2", {"fuse_weight_gradients": True, "overlap_grad_reduce": True}),
+    ("deepseek_v3", "ep=4,dp=4", {"dispatcher": "flex"}),
+    ("deepseek_v3_mtp", "tp=2,etp=2", {"dispatcher": "flex"}),
+    ("deepseek_v3_mtp", "tp=2,cp=2,pp=2,ep=4", {"dispatcher": "flex", "recompute": "full", "recompute_num_layers": 1}),
+    ("deepseek_v3_replay", "tp=2,pp=2,ep=2", {"dispatcher": "flex"}),
 )
 # Of Transformer Engine's layers: its attention over context-parallel ranks has kernels for 16 bits alone.
 TE_LEVERS: tuple[Lever, ...] = (
@@ -85,6 +94,7 @@ TE_LEVERS: tuple[Lever, ...] = (
     ("deepseek_v3_mtp", "tp=2,pp=2,ep=2", {"recompute": "full", "recompute_num_layers": 1}),
     ("qwen2", "pp=2,dp=2", {"overlap_grad_reduce": True, "overlap_param_gather": True}),
 )
+_APEX_KERNEL = "fused_weight_gradient_mlp_cuda"
 LEVERS_OF = {"core": CORE_LEVERS, "torch": LEVERS, "te": TE_LEVERS}
 HEADER = (
     f"{'family':<16} {'layout':<26} {'log-prob':>9} {'gradient':>9} {'norm':>9} {'weights':>9} {'bias':>7}  "
@@ -165,7 +175,7 @@ def reference_name(cell: dict) -> str:
     return f"{cell['family']}.pt"
 
 
-def refusals(cell: dict, shapes: dict[str, Any], layer_spec: str = "torch") -> list[str]:
+def refusals(cell: dict, shapes: dict[str, Any], layer_spec: str = "torch", device: str = "cpu") -> list[str]:
     """Why the config checks, or the layers, refuse the cell's layout; empty where they do not."""
     from r1mega.parallel.layout import Layout
 
@@ -173,6 +183,10 @@ def refusals(cell: dict, shapes: dict[str, Any], layer_spec: str = "torch") -> l
     problems = layout.problems(shapes[cell["family"]])
     if layer_spec == "te" and layout.cp > 1 and cell["options"].get("params_dtype") != "bfloat16":
         problems.append("Transformer Engine's attention over context-parallel ranks has no kernels for fp32")
+    if device == "cuda" and cell["options"].get("dispatcher") == "flex":
+        problems.append("DeepEP's kernels add up bf16 alone; on a CPU something else is in their place")
+    if device == "cuda" and "fuse_weight_gradients" in cell["options"] and find_spec(_APEX_KERNEL) is None:
+        problems.append(f"apex's {_APEX_KERNEL} is not installed")
     return problems
 
 

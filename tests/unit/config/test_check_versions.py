@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from r1mega.config.check_versions import check_versions
-from r1mega.config.choices import DeviceType, LayerSpec
+from r1mega.config.choices import DeviceType, Dispatcher, LayerSpec
 from r1mega.config.schema import Config
 
 SOUND = {
@@ -62,6 +62,22 @@ def test_what_goes_together() -> None:
 def test_what_does_not(changes: dict[str, str], message: str) -> None:
     (found,) = messages(**changes)
     assert found.startswith(message)
+
+
+def test_the_deep_ep_that_megatron_knows() -> None:
+    config = Config()
+    config.device.type, config.parallel.dispatcher = DeviceType.cuda, Dispatcher.flex
+
+    def found(version: str | None) -> list[str]:
+        versions = SOUND | {"deep_ep": version}
+        return [str(fault) for fault in check_versions(config, versions.get, lambda name: NEEDS.get(name, []))]
+
+    assert found("1.2.1+9af0e0d") == found(None) == []
+    (fault,) = found("2.1.0")
+    assert fault == (
+        "parallel.dispatcher: got deep_ep 2.1.0; megatron-core 0.16.1 is made for deep_ep <2; pip install "
+        "--no-build-isolation git+https://github.com/deepseek-ai/DeepEP@v1.2.1"
+    )
 
 
 def test_this_environment_goes_together() -> None:
