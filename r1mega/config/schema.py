@@ -113,7 +113,7 @@ class ParallelConfig:
     stages: list[int] | None = None
     """Decoder layers of each of the pp x vpp chunks, in order; null deals them out evenly."""
     dispatcher: Dispatcher = Dispatcher.alltoall
-    """What brings tokens to their experts: `alltoall` everywhere, `flex` is DeepEP's kernels (GPU only)."""
+    """What brings tokens to their experts: `alltoall` everywhere, `flex` is DeepEP's kernels (GPU and bf16 only)."""
     overlap_grad_reduce: bool = False
     """Reduce gradients of one bucket while the backward pass works on the next."""
     overlap_param_gather: bool = False
