@@ -101,7 +101,8 @@ def test_nobody_receives_too_much_or_sends_more_than_others(case, limit, split):
         slots = [slot for slot in plan.slots if plan.placement.stage(slot) == stage]
         # A last stage without layers may hold the final norm alone, in fewer pieces than it has ranks.
         if any(len(tensor.shape) == 2 for slot in slots for tensor in slot.tensors):
-            assert sent.max() <= MOST_OVER_MEAN * sent.mean()
+            # What is not cut any more may be all that a rank of a tiny stage sends.
+            assert sent.max() <= max(MOST_OVER_MEAN * sent.mean(), sent.mean() + split)
 
 
 def test_shares_of_uneven_senders_are_found():
