@@ -20,7 +20,8 @@ in common, at the same time; where engine ranks are many more than the ranks of 
 **Balance.** In each bucket, the slices that the same copies hold and the same receivers need are laid end to end, once
 for each receiver, and this line is cut into one stretch for each copy, as long as evens out what the ranks of the stage
 have sent until then (`deal`). Shards with few copies are dealt first, those that every rank may send last. Cuts fall on
-rows and leave slices of `split_bytes` or less in one piece; a rank misses its share by about as much. A stretch
+rows and leave slices of `split_bytes` or less in one piece, or of a tenth of a rank's share where that is less; a rank
+misses its share by about as much. A stretch
 crosses few receivers, and the same ones in every bucket: links are few and carry alike.
 
 **What a rank asks for.** The stretches of a stage follow from its own tensors alone, so `sends_of` works out one stage,
@@ -50,6 +51,7 @@ from r1mega.weights.slices import ITEM_BYTES, Cargo, Shape, cargo_of, dtype_of, 
 
 BUCKET_BYTES = 1 << 30
 SPLIT_BYTES = 1 << 18  # smaller messages cost more in their number than they gain in balance
+_PIECES = 10  # of a rank's share, at least: so no sender is far above the mean of a small stage (ours)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ class PublishPlan:
         dtype: that the engines serve: "bf16", "fp32", or "fp8" for FP8 blocks of 128 x 128 where the family has them. A
             slot that is kept in fp32 is always sent so.
         bucket_bytes: that an engine rank is sent in one go.
-        split_bytes: the least that a slice is cut into.
+        split_bytes: the least that a slice is cut into, but where a rank's share is of few such pieces.
         with_mtp: whether the engines speculate with the multi-token-prediction layer; without, it is not sent.
 
     Raises:
@@ -172,7 +174,7 @@ class PublishPlan:
         if found:
             raise ValueError("\n".join(found))
         self.trainer, self.dtype = trainer, dtype
-        self._limit, self._split = bucket_bytes, split_bytes
+        self._limit = bucket_bytes
         slots = [slot for slot in slots_of(fields) if not slot.is_copy]
         if not with_mtp:
             slots = [slot for slot in slots if not slot.name.startswith("mtp.")]
@@ -185,6 +187,7 @@ class PublishPlan:
             nbytes_of=self.nbytes_of,
             limit=bucket_bytes,
         )
+        self._splits = self._split_of_stages(split_bytes)
         self._shares: dict[int, list[Share]] = {}
         self._holders = Holders(self.placement, trainer)
         if dtype == "fp8":  # a cut block is refused here, not on some rank while it sends
@@ -305,8 +308,17 @@ class PublishPlan:
         pairs = [(index, cargo) for index in indices for cargo in self._cargo(self.slots[index], shard)]
         return [index for index, _ in pairs], [cargo for _, cargo in pairs]
 
+    def _split_of_stages(self, split_bytes: int) -> list[int]:
+        """Of each stage the least that a slice is cut into."""
+        sent = [0] * self.trainer.pp
+        for slot in self.slots:
+            sent[self.placement.stage(slot)] += self.nbytes_of(slot) * len(self.receivers.of(self._blocks(slot)))
+        pieces = _PIECES * self.trainer.per_stage
+        return [max(min(split_bytes, nbytes // pieces), 1) for nbytes in sent]
+
     def _cargo(self, slot: Slot, shard: int) -> tuple[Cargo, ...]:
-        return cargo_of(slot, shard, self.placement.num_shards(slot), self.dtype, self._split)
+        split = self._splits[self.placement.stage(slot)]
+        return cargo_of(slot, shard, self.placement.num_shards(slot), self.dtype, split)
 
     def _blocks(self, slot: Slot) -> tuple[int, ...]:
         return self.receivers.blocks(slot.expert)
