@@ -38,21 +38,28 @@ class _Done(dist.Work):
 
 
 class _Transfer(dist.Work):
-    """A message under way in host memory; where it is received, `wait` puts it where it belongs."""
+    """A message under way in host memory; where it is received, `wait` puts it where it belongs.
+
+    It may be waited for again, as Transformer Engine's attention over context-parallel ranks does: gloo would then wait
+    for another message.
+    """
 
     def __init__(self, work: dist.Work, on_host: Tensor, destination: Tensor | None = None) -> None:
         super().__init__()
         self._work, self._on_host, self._destination = work, on_host, destination
+        self._has_ended = False
 
     def wait(self, _timeout: Any = None) -> bool:
+        if self._has_ended:
+            return True
         self._work.wait()
         if self._destination is not None:
             _put(self._destination, self._on_host)
-            self._destination = None
+        self._has_ended = True
         return True
 
     def is_completed(self) -> bool:
-        return self._work.is_completed()
+        return self._has_ended or self._work.is_completed()
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -48,9 +48,9 @@ def test_layouts_of_transformer_engine(tmp_path, family, least):
 
 
 @needs_te
-@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v3_mtp", "qwen2", "llama"])
+@pytest.mark.parametrize("family", cells.FAMILIES)
 def test_levers_of_transformer_engine(tmp_path, family):
-    """Of qwen2 and llama also its attention over cp ranks, in bf16."""
+    """Also its attention over cp ranks, in bf16."""
     found = matrix(tmp_path / "cells.json", "--layer-spec", "te", "--levers", "only", "--families", family)[1]
     assert_green(found, sum(name == family for name, _, _ in cells.TE_LEVERS))
 
@@ -61,6 +61,14 @@ def test_a_missing_reduction_is_noticed(tmp_path):
     exit_code, found = matrix(tmp_path / "cells.json", *options)
     assert exit_code == 1
     assert found[0]["max_rel_grad_diff"] > 10 * cells.MAX_GRADIENT_DIFF
+
+
+@needs_te
+def test_slices_that_its_attention_cuts_otherwise_are_noticed(tmp_path):
+    options = ("--layer-spec", "te", "--levers", "only", "--families", "deepseek_v3_replay", "--break", "plain_slices")
+    exit_code, found = matrix(tmp_path / "cells.json", *options)
+    assert exit_code == 1 and len(found) == 2
+    assert all(cell["max_rel_grad_diff"] > 2 * cells.BF16_SLACK["max_rel_grad_diff"] for cell in found)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3_mtp", "qwen2"])

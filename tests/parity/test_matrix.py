@@ -145,6 +145,13 @@ def test_a_wrong_norm_of_the_gradient_turns_a_cell_red(broken):
     assert cell["max_rel_weight_diff"] < cells.MAX_WEIGHT_DIFF
 
 
+def test_slices_of_sequences_cut_otherwise_turn_a_cell_red(nursery, tmp_path):
+    options = ("--break", "plain_slices", "--families", "deepseek_v3", "llama", "--layouts", "cp=2")
+    exit_code, found = measured(nursery, tmp_path / "cells.json", *options)
+    assert exit_code == 1 and len(found) == 2
+    assert all(cell["max_abs_diff"] > 0.1 and cell["max_rel_grad_diff"] > 0.3 for cell in found)
+
+
 def test_what_stands_in_for_kernels_is_called(nursery, tmp_path, monkeypatch):
     """A mistake in it turns the cell red that needs it."""
     needing = tuple(lever for lever in cells.CORE_LEVERS if "dispatcher" in lever[2])

@@ -2,9 +2,10 @@
 
 `layernorm_reduction`, `expert_reduction` and `down_projection` are faults of Megatron-Core 0.16.1 that r1mega mends, or
 reductions it relies on; `counted_twice` is Transformer Engine's, and shows in the weights alone, as the gradient's norm
-is wrong; `gate_up` is a wrong row of the parameter table; `late_choice` replays experts a token late. Of what stands in
-for DeepEP's and apex's kernels, `lost_weights` brings back no gradient of the experts' weights, and `added_twice` adds
-a weight's gradient twice.
+is wrong; `plain_slices` cuts sequences over context-parallel ranks otherwise than Megatron and Transformer Engine do;
+`gate_up` is a wrong row of the parameter table; `late_choice` replays experts a token late. Of what stands in for
+DeepEP's and apex's kernels, `lost_weights` brings back no gradient of the experts' weights, and `added_twice` adds a
+weight's gradient twice.
 """
 
 from __future__ import annotations
@@ -101,6 +102,24 @@ def _late_choice() -> list:
     return [(routes, "deal", original)]
 
 
+def _plain_slices() -> list:
+    """Give each context-parallel rank one slice of every sequence, not an early and a late one."""
+    from r1mega.models import attention
+
+    original = attention.context_slices
+
+    def plain(lengths, cp, cp_rank) -> list[int]:
+        found, start = [], 0
+        for length in lengths:
+            begin = start + cp_rank * (length // cp)
+            found += range(begin, begin + length // cp)
+            start += length
+        return found
+
+    attention.context_slices = plain
+    return [(attention, "context_slices", original)]
+
+
 def _counted_twice() -> list:
     """Take what every tensor rank holds whole of MLA for parts of one matrix, as Transformer Engine does."""
     from r1mega.models import shard
@@ -146,6 +165,7 @@ _BREAKS = {
     "added_twice": _added_twice,
     "lost_weights": _lost_weights,
     "counted_twice": _counted_twice,
+    "plain_slices": _plain_slices,
     "late_choice": _late_choice,
     "gate_up": _gate_up,
     "layernorm_reduction": _layernorm_reduction,

@@ -19,8 +19,10 @@ MAX_LOGPROB_DIFF = 1e-4
 MAX_GRADIENT_DIFF = 1e-3
 MAX_NORM_DIFF = 1e-4
 MAX_WEIGHT_DIFF = 3e-4
-# Eight bits of mantissa in parameters and activations; 2.5e-2, 2.2e-2 and 3.6e-3 were seen.
+# Eight bits of mantissa in parameters and activations; 2.5e-2, 3.3e-2, 8.5e-3 and 4.1e-3 were seen. Weights of experts
+# at tokens are rounded too: 5.1e-2 of the norm.
 BF16_SLACK = {"max_abs_diff": 0.1, "max_rel_grad_diff": 0.1, "max_rel_norm_diff": 0.05, "max_rel_weight_diff": 0.01}
+BF16_SLACK_OF_EXPERTS = BF16_SLACK | {"max_rel_norm_diff": 0.1}
 MAX_BIAS_DIFF = 1e-6  # a bias moves by whole steps: a token counted wrongly would show as at least one
 
 FAMILIES = ("deepseek_v3", "deepseek_v3_mtp", "deepseek_v3_replay", "qwen2", "llama")
@@ -38,6 +40,7 @@ MOE_LAYOUTS = (
 )  # fmt: skip
 # Experts drawn at random and replayed, as of an engine whose routers have nothing to do with the trainer's.
 REPLAY_LAYOUTS = ("1", "tp=2,pp=2,ep=2", "cp=2", "pp=2,vpp=2,stages=2+1+1+0")
+REPLAY_SHAPE = {"qk_nope_head_dim": 24, "v_head_dim": 16}  # cuDNN has attention kernels for multiples of 8
 _LAYOUTS_OF = {
     "deepseek_v3": MOE_LAYOUTS, "deepseek_v3_mtp": LAYOUTS, "deepseek_v3_replay": REPLAY_LAYOUTS,
     "qwen2": DENSE_LAYOUTS, "llama": DENSE_LAYOUTS,
@@ -81,10 +84,14 @@ LEVERS: tuple[Lever, ...] = (
     ("deepseek_v3_mtp", "tp=2,cp=2,pp=2,ep=4", {"dispatcher": "flex", "recompute": "full", "recompute_num_layers": 1}),
     ("deepseek_v3_replay", "tp=2,pp=2,ep=2", {"dispatcher": "flex"}),
 )
-# Of Transformer Engine's layers: its attention over context-parallel ranks has kernels for 16 bits alone.
+# Of Transformer Engine's layers: its attention over context-parallel ranks has kernels for 16 bits alone. DeepSeek's is
+# compared with its experts replayed: routers of 16 bits choose others.
 TE_LEVERS: tuple[Lever, ...] = (
     ("llama", "cp=2", {"params_dtype": "bfloat16"}),
-    ("qwen2", "tp=2,cp=2", {"params_dtype": "bfloat16"}),
+    ("deepseek_v3_replay", "cp=2", {"params_dtype": "bfloat16"}),
+    ("deepseek_v3_replay", "tp=2,cp=2,ep=2", {"params_dtype": "bfloat16"}),
+    # Not of qwen2: softmax takes no notice of a bias of all keys, so that Adam moves it by what rounding leaves.
+    ("llama", "tp=2,cp=2", {"params_dtype": "bfloat16"}),
     ("llama", "cp=2,pp=2", {"params_dtype": "bfloat16"}),
     (
         "deepseek_v3",
@@ -142,7 +149,9 @@ def prepare(work: Path, families: tuple[str, ...]) -> dict[str, Any]:
     shapes = {}
     for family in families:
         path = work / family
-        write_checkpoint(path, family.removesuffix("_mtp").removesuffix("_replay"), mtp=family.endswith("_mtp"))
+        shape = REPLAY_SHAPE if family.endswith("_replay") else {}
+        name = family.removesuffix("_mtp").removesuffix("_replay")
+        write_checkpoint(path, name, mtp=family.endswith("_mtp"), **shape)
         torch.save(reference.answer(path, case_of(path, {"family": family})), work / reference_name({"family": family}))
         shapes[family] = hf_fields.read(path).shape()
     return shapes
@@ -199,7 +208,7 @@ def is_green(cell: dict) -> bool:
         "max_rel_weight_diff": MAX_WEIGHT_DIFF,
     }
     if cell["options"].get("params_dtype") == "bfloat16":
-        limits = BF16_SLACK
+        limits = BF16_SLACK_OF_EXPERTS if cell["family"].startswith("deepseek") else BF16_SLACK
     return cell["max_bias_diff"] <= MAX_BIAS_DIFF and all(cell[name] <= limit for name, limit in limits.items())
 
 

@@ -88,6 +88,19 @@ def _ring(at, size, gloo):
     return torch.equal(found, tensor(before, 3, 2))
 
 
+def _waited_for_twice(at, size, gloo):
+    # What is there already is not overwritten either.
+    found = torch.zeros(3)
+    after, before = (at + 1) % size, (at - 1) % size
+    works = [dist.isend(tensor(at, 3), after), dist.irecv(found, before)]
+    for work in works:
+        work.wait()
+    found += 1
+    for work in works:
+        work.wait()
+    return torch.equal(found, tensor(before, 3) + 1) and all(work.is_completed() for work in works)
+
+
 def _coalesced(at, size, gloo):
     tensors = [tensor(at + 10 * index, index + 1) for index in range(3)]
     with dist._coalescing_manager(device=torch.device("cpu")):
@@ -115,7 +128,7 @@ CASES = {
     function.__name__.strip("_"): function
     for function in (
         _reduced, _broadcast, _gathered, _gathered_of_unequal_size, _scattered_sums, _scattered_sums_of_unequal_size,
-        _exchanged, _ring, _coalesced, _subgroup, _objects,
+        _exchanged, _ring, _waited_for_twice, _coalesced, _subgroup, _objects,
     )
 }  # fmt: skip
 

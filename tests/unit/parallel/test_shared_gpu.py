@@ -12,7 +12,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("staged_ranks.py")
 NAMES = [
     "reduced", "broadcast", "gathered", "gathered_of_unequal_size", "scattered_sums", "scattered_sums_of_unequal_size",
-    "exchanged", "ring", "coalesced", "subgroup", "objects",
+    "exchanged", "ring", "waited_for_twice", "coalesced", "subgroup", "objects",
 ]  # fmt: skip
 
 
