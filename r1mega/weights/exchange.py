@@ -21,10 +21,9 @@ import torch.distributed as dist
 
 from r1mega.models.fp8_blocks import SCALE_SUFFIX
 from r1mega.models.param_map import Slot
+from r1mega.weights.gathering import aligned
 from r1mega.weights.plan import Delivery, Message, PublishPlan, Transfer
 from r1mega.weights.served import DTYPES, as_reported, served
-
-_ALIGNMENT = 16  # bytes, of each tensor in its buffer: any dtype may begin there
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class Exchange:
 
     def _space(self, name: str, sizes: Sequence[int]) -> list[torch.Tensor]:
         """Bytes for messages of these sizes, each as aligned as its buffer."""
-        padded = [_padded(size) for size in sizes]
+        padded = [aligned(size) for size in sizes]
         buffer = self._packed.get(name)
         if buffer is None or buffer.numel() < sum(padded):
             buffer = self._packed[name] = torch.empty(sum(padded), dtype=torch.uint8, device=self._device)
@@ -167,7 +166,7 @@ class Exchange:
         self, kept: dict[int, torch.Tensor], receiver: int, sizes: Sequence[int], *, handed: bool
     ) -> torch.Tensor:
         """Bytes for tensors of these sizes; such that another process can open them where they are `handed` over."""
-        total = sum(map(_padded, sizes))
+        total = sum(map(aligned, sizes))
         if receiver not in kept or kept[receiver].numel() < total:
             kept[receiver] = torch.empty(total, dtype=torch.uint8, device=self._device)
             if handed and self._shared and self._device.type == "cpu":
@@ -180,11 +179,7 @@ class Exchange:
         at = 0
         for size in sizes:
             yield buffer[at : at + size]
-            at += _padded(size)
-
-
-def _padded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+            at += aligned(size)
 
 
 def _by_bucket(messages: Iterator[Message]) -> dict[int, list[Message]]:
