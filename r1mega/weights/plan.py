@@ -21,8 +21,8 @@ in common, at the same time; where engine ranks are many more than the ranks of 
 for each receiver, and this line is cut into one stretch for each copy, as long as evens out what the ranks of the stage
 have sent until then (`deal`). Shards with few copies are dealt first, those that every rank may send last. Cuts fall on
 rows and leave slices of `split_bytes` or less in one piece, or of a tenth of a rank's share where that is less; a rank
-misses its share by about as much. A stretch
-crosses few receivers, and the same ones in every bucket: links are few and carry alike.
+misses its share by about as much. A stretch crosses few receivers, and the same ones in every bucket: links are few and
+carry alike.
 
 **What a rank asks for.** The stretches of a stage follow from its own tensors alone, so `sends_of` works out one stage,
 `receives_of` all; both make the transfers of a stretch while they are walked. A plan is the same wherever it is made.
