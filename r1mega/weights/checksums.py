@@ -218,6 +218,13 @@ class _Hashing:
 
     def _feed(self, part: Part, cut: torch.Tensor) -> None:
         self._zeros(self._first_row(part))
+        self._next += 1
+        is_whole = cut.numel() == cut.shape[0] * self._columns
+        if self._on_host and cut.dtype == self._dtype and is_whole and cut.is_contiguous():
+            # As it lies there: small tensors cost what is done to each more than their bytes do.
+            self._hash.update(cut.view(torch.uint8))
+            self._row += cut.shape[0]
+            return
         cut = cut.reshape(cut.shape[0], -1)
         step = max(_PIECE_BYTES // (self._columns * self._dtype.itemsize), 1)
         for piece in cut.split(step):
@@ -226,7 +233,6 @@ class _Hashing:
                 piece = F.pad(piece, (0, self._columns - piece.shape[1]))
             self._hash.update(piece.contiguous().view(-1).view(torch.uint8))
         self._row += cut.shape[0]
-        self._next += 1
 
     def _zeros(self, until: int) -> None:
         """Nothing stands in the rows from the last part to the next."""

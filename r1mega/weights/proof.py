@@ -14,7 +14,7 @@ from r1mega.parallel.collectives import share
 from r1mega.types import EngineFault, Servers
 from r1mega.weights.checksums import ExpectedChecksums, compare, reported_by_rank, sampled
 from r1mega.weights.engine_layout import EngineLayout
-from r1mega.weights.engine_params import EngineBuild, engine_params
+from r1mega.weights.engine_params import EngineBuild, EngineParam, engine_params
 
 _NAMED = 8  # mismatches that a message names
 
@@ -70,7 +70,12 @@ class PublishProof:
     def __init__(
         self, fields: HfFields, layout: EngineLayout, build: EngineBuild, dtype: torch.dtype, share: float
     ) -> None:
-        self._params = [engine_params(fields, layout, rank, build) for rank in range(layout.num_ranks)] if share else []
+        # What several ranks hold alike, each whole, is one object, and hashed once where the tensors are told to all.
+        same: dict[EngineParam, EngineParam] = {}
+        self._params = [
+            [same.setdefault(param, param) for param in engine_params(fields, layout, rank, build)]
+            for rank in range(layout.num_ranks if share else 0)
+        ]
         self._dtype, self._device, self.share = dtype, build.device, share
 
     @property
@@ -79,25 +84,27 @@ class PublishProof:
         return {name for params in self._params for param in params for name in param.tensors}
 
     def expect(self, version: int, ranks: Sequence[int] | None = None, tensors: Set[str] | None = None) -> Expectation:
-        """Ready for the tensors of one publish; of these ranks of a server, or of all.
+        """Ready for the tensors of one publish, each of them told to all ranks of a server; or, of these `ranks` alone,
+        to each.
 
         With `tensors`, for the parameters that are made of these alone; see `together`.
         """
         wanted = range(len(self._params)) if ranks is None else ranks if self._params else ()
-        return Expectation(
-            {
-                rank: ExpectedChecksums(
-                    [
-                        param
-                        for param in sampled(self._params[rank], version, self.share)
-                        if tensors is None or all(name in tensors for name in param.tensors)
-                    ],
-                    dtype=self._dtype,
-                    device=self._device,
-                )
-                for rank in wanted
-            }
-        )
+        hashing: dict[int, ExpectedChecksums] = {}
+        alike: dict[int, dict[str, int]] = {}
+        hashed_by: dict[int, int] = {}  # by a parameter's identity
+        for rank in wanted:
+            due = [
+                param
+                for param in sampled(self._params[rank], version, self.share)
+                if tensors is None or all(name in tensors for name in param.tensors)
+            ]
+            alike[rank] = {param.name: hashed_by[id(param)] for param in due if id(param) in hashed_by}
+            own = [param for param in due if param.name not in alike[rank]]
+            hashing[rank] = ExpectedChecksums(own, dtype=self._dtype, device=self._device)
+            if ranks is None:
+                hashed_by |= {id(param): rank for param in own}
+        return Expectation(hashing, alike)
 
     def together(self) -> list[tuple[str, ...]]:
         """Names of the tensors that one parameter of some rank is made of, where it is several."""
@@ -130,10 +137,14 @@ class PublishProof:
 
 
 class Expectation:
-    """The checksums of one publish, by rank of a server, hashed while its tensors pass by."""
+    """The checksums of one publish, by rank of a server, hashed while its tensors pass by.
 
-    def __init__(self, hashing: Mapping[int, ExpectedChecksums]) -> None:
-        self._hashing = hashing
+    Args:
+        alike: of each rank the parameters that an earlier one holds alike, with that rank: they are hashed there alone.
+    """
+
+    def __init__(self, hashing: Mapping[int, ExpectedChecksums], alike: Mapping[int, Mapping[str, int]]) -> None:
+        self._hashing, self._alike = hashing, alike
 
     def wants(self, name: str, rank: int | None = None) -> bool:
         """Whether a tensor counts for some rank, or for this one."""
@@ -147,7 +158,10 @@ class Expectation:
 
     def results(self) -> dict[int, dict[str, str]]:
         """rank -> parameter -> checksum. Raises ValueError where a tensor did not come."""
-        return {rank: one.result() for rank, one in self._hashing.items()}
+        found = {rank: one.result() for rank, one in self._hashing.items()}
+        return {
+            rank: own | {name: found[at][name] for name, at in self._alike[rank].items()} for rank, own in found.items()
+        }
 
 
 def build_of(device: str, extra_args: Sequence[str]) -> EngineBuild:

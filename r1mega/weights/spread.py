@@ -1,7 +1,8 @@
 """A checkpoint written by all trainer ranks at once: each gathers, hashes and writes its own share of whole tensors.
 
-A rank writes what it holds whole straight from its memory. The rest comes in turns (`gathering`): while the tensors of
-one are brought together, a thread writes those of the turn before; file writes let other threads run.
+What a rank does not hold whole comes in turns (`gathering`). On a CPU each tensor is written as soon as it is hashed,
+straight from the memory that it is trained in and while the caches still have it. What has to be copied first, from a
+GPU or for a snapshot, a thread writes while the next turn is brought together; file writes let other threads run.
 
 Nothing that looks finished stands at the checkpoint's path before all files are whole: they are written beside it. A
 writer that fails goes on taking part in the turns, so that all ranks hear of it at the end, together.
@@ -31,7 +32,7 @@ from r1mega.weights.served import as_reported, served
 from r1mega.weights.spread_plan import entries_of
 from r1mega.weights.write_plan import WeightFile, WritePlan
 
-_WRITE_BYTES = 1 << 22  # at once, into a file that has room set aside
+_WRITE_BYTES = 1 << 19  # at once, into a file that has room set aside
 _CONFIGS = ("config.json", "generation_config.json")
 
 
@@ -53,6 +54,11 @@ class Hand:
     def do(self, job: Callable[[], None]) -> None:
         self._jobs.put((job, False))
 
+    def now(self, job: Callable[[], None]) -> None:
+        """Do a job here, beside what the thread is at, unless one failed."""
+        if self._fault is None:
+            self._try(job)
+
     def mark(self) -> threading.Event:
         """Set when all that was asked for until now is done."""
         event = threading.Event()
@@ -70,10 +76,13 @@ class Hand:
             job, always = self._jobs.get()
             if self._fault is not None and not always:
                 continue
-            try:
-                job()
-            except OSError as error:
-                self._fault = str(error)
+            self._try(job)
+
+    def _try(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except OSError as error:
+            self._fault = str(error)
 
 
 @dataclass
@@ -137,6 +146,9 @@ class SpreadWriter:
             self._part.mkdir(parents=True)
         share(None, self._group)
         self._hand.do(partial(_make_files, self._part, self._files))
+        if not self._copies:
+            self._hand.mark().wait()  # an old version that is still to be removed is gone by then
+        write = self._hand.do if self._copies else self._hand.now
         held = self._gathering.held(shards)
         if self._whole is not None:
             self._whole.begin(sum(aligned(stored.nbytes) for stored in self._places.values()))
@@ -148,7 +160,7 @@ class SpreadWriter:
             try:
                 for name, tensor in self._tensors(wholes, half, expected):
                     place = self._places[name]
-                    self._hand.do(partial(self.put, self._part / place.file, place, tensor))
+                    write(partial(self.put, self._part / place.file, place, tensor))
             except ValueError as error:  # the others are still in need of this rank
                 self._fault = self._fault or str(error)
             half.written = self._hand.mark()
