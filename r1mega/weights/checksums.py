@@ -222,7 +222,7 @@ class _Hashing:
         is_whole = cut.numel() == cut.shape[0] * self._columns
         if self._on_host and cut.dtype == self._dtype and is_whole and cut.is_contiguous():
             # As it lies there: small tensors cost what is done to each more than their bytes do.
-            self._hash.update(cut.view(torch.uint8))
+            self._hash.update(cut.view(-1).view(torch.uint8))
             self._row += cut.shape[0]
             return
         cut = cut.reshape(cut.shape[0], -1)
